@@ -1,0 +1,68 @@
+# `make demo` and `make test` set up everything they need in .venv; the second time they find it done.
+#
+#   PYTHON     interpreter that creates .venv, 3.10 or newer
+#   PIP_ARGS   for every pip install: off Linux nothing; on Linux without a GPU
+#              PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu' saves gigabytes of CUDA libraries
+#   STRICT=1   a missing prerequisite (compiler, optional package) is a failure, not a skip
+#   ARGS       handed to pytest, the demo or the benchmark
+PYTHON ?= python3
+PIP_ARGS ?=
+STRICT ?=
+ARGS ?=
+WORKERS ?= 2
+
+BIN := .venv/bin
+READY := .venv/.ready
+BUILT := zoact_kernels/_build.json
+SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.*)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt $(PIP_ARGS)
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(if $(STRICT),--strict-prerequisites)
+export ZOACT_BUILD_CPU ?= $(if $(STRICT),1,auto)
+
+.PHONY: setup build test soak check format demo bench clean
+.DELETE_ON_ERROR:
+
+setup: $(READY)
+build: $(BUILT)
+
+test: $(BUILT)
+	$(PYTEST) $(ARGS)
+
+soak: $(BUILT)
+	$(PYTEST) -m "" $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+demo: $(BUILT)
+	$(BIN)/zoact demo $(ARGS)
+
+bench: $(BUILT)
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache $(BUILT) zoact_kernels/_C.*.so
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'zoact_kernels needs Python 3.10 or newer: make PYTHON=/path/to/python3'; exit 1; }
+	$(PYTHON) -m venv .venv || \
+	  { rm -rf .venv; echo 'No virtual environment: install the venv module of $(PYTHON) (Debian: python3-venv)'; exit 1; }
+
+# The last step builds csrc too, so that a later change of csrc alone does not pass through pip.
+$(READY): pyproject.toml .ci/constraints.txt .ci/no-deps.txt | $(BIN)/python
+	@echo 'Installing into .venv; a few minutes the first time'
+	$(PIP) setuptools pybind11 ninja
+	$(PIP) --no-build-isolation -e '.[dev]'
+	$(PIP) --no-deps -r .ci/no-deps.txt
+	@touch $@
+
+# Where the kernels compiled once, a compile error stops make; it never turns silently into pure Python.
+$(BUILT): $(SOURCES) | $(READY)
+	ZOACT_BUILD_CPU=$(if $(wildcard zoact_kernels/_C.*.so),1,$(ZOACT_BUILD_CPU)) $(BIN)/python setup.py --quiet build_ext --inplace

@@ -1,0 +1,181 @@
+"""Build zoact_kernels: the package metadata is in pyproject.toml, this file compiles csrc into `zoact_kernels._C`.
+
+setup.py writes a ninja file (each kernel source once per instruction set, then the bindings), and the ninja of PyPI
+runs it, so a rebuild compiles only what changed. Nothing here needs torch: the module takes raw pointers.
+
+    ZOACT_BUILD_CPU=auto   (default) without a working compiler install pure Python, say so, and record the reason
+    ZOACT_BUILD_CPU=1      a compiler is required, any failure is an error (`make`, CI)
+    ZOACT_BUILD_CPU=0      pure Python
+
+`_build.json` beside the module records what was built, or why nothing was; `zoact_kernels.native` reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+# Explicit FMA only (design 2.1, 2.4): contraction would make the bits depend on what the compiler fuses.
+FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno".split()
+# GCC 12's own AVX-512 headers set off maybe-uninitialized (GCC bug 105593); Clang does not know that name.
+WARNINGS = "-Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-unknown-warning-option".split()
+ISAS = {  # base must exist; another is left out where the compiler does not know its flags (ARM, say)
+    "base": [],
+    "avx2": "-mavx2 -mfma -mf16c".split(),
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512".split(),
+}
+
+
+class CannotBuild(Exception):
+    """There is no compiled module; the message says why."""
+
+
+def find_compiler() -> list[str]:
+    """Command of a C++ compiler that works: $CXX, or the first of c++, g++, clang++."""
+    if os.name == "nt":
+        raise CannotBuild("the kernels need GCC or Clang; Windows is not supported yet")
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    for command in [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
+    raise CannotBuild(f"no C++ compiler: looked for {' '.join(chosen[:1]) or 'c++, g++, clang++'}")
+
+
+def accepts(compiler: list[str], flags: list[str]) -> bool:
+    """Whether the compiler builds a trivial program with these flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*compiler, *flags, "-x", "c++", "-", "-o", f"{folder}/probe"]
+        return subprocess.run(command, input="int main() {}", text=True, capture_output=True).returncode == 0
+
+
+def ninja_file(compiler: list[str], isas: list[str], openmp: list[str], target: Path, folder: Path) -> str:
+    """The build: kernels once per ISA, bindings once, one link. Sources relative to `folder`: a checkout can move."""
+    import pybind11
+
+    csrc = Path(os.path.relpath(ROOT / "csrc", folder))
+    includes = [f"-I{path}" for path in (csrc, pybind11.get_include(), sysconfig.get_path("include"))]
+    shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-Wl,-s"]
+
+    def words(*parts: str) -> str:
+        return shlex.join(parts).replace("$", "$$")
+
+    def path(name: Path | str) -> str:
+        return str(name).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    lines = [
+        "ninja_required_version = 1.5",
+        "rule compile",
+        f"  command = {words(*compiler, *FLAGS, *WARNINGS, *openmp)} $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        "rule link",
+        f"  command = {words(*compiler, *shared, *openmp)} $in -o $out",
+        "  description = link $out",
+    ]
+    objects = []
+
+    def compile_one(source: Path, stem: str, flags: str) -> None:
+        objects.append(path(f"{stem}.o"))
+        lines.extend([f"build {objects[-1]}: compile {path(source)}", f"  flags = {flags}"])
+
+    for stem in sorted(source.stem for source in (ROOT / "csrc/cpu").glob("*.cpp")):
+        for isa in isas:
+            compile_one(csrc / f"cpu/{stem}.cpp", f"{stem}.{isa}", words(f"-I{csrc}", f"-DZO_ISA={isa}", *ISAS[isa]))
+    has = [f"-DZO_HAS_{isa.upper()}" for isa in isas]
+    compile_one(csrc / "bindings.cpp", "bindings", words(*includes, *has))
+    lines.append(f"build {path(target)}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def compile_module(target: Path, folder: Path) -> dict[str, object]:
+    """Compile csrc into `target`, with objects in `folder`; returns the build record or raises CannotBuild."""
+    try:
+        import ninja
+        import pybind11  # noqa: F401
+    except ImportError as error:
+        raise CannotBuild(f"a build requirement is missing: {error}") from None
+    compiler = find_compiler()
+    if not accepts(compiler, []):
+        raise CannotBuild(f"the C++ compiler `{shlex.join(compiler)}` cannot build an empty program")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        raise CannotBuild(f"Python.h is missing; install the development files of {sys.executable} (python3-dev)")
+    isas = [isa for isa, flags in ISAS.items() if accepts(compiler, flags)]
+    openmp = ["-fopenmp"] if accepts(compiler, ["-fopenmp"]) else []
+    folder.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(ninja_file(compiler, isas, openmp, target.resolve(), folder))
+    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder), f"-j{os.cpu_count() or 1}"]
+    output = []
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            output.append(line)
+    if process.returncode:
+        first = next((line for line in output if "error" in line), "".join(output[-3:])).strip()
+        raise CannotBuild(f"compiling failed: {first}")
+    version = subprocess.run([*compiler, "--version"], text=True, capture_output=True).stdout.partition("\n")[0]
+    return {"compiler": version, "isas": isas, "openmp": bool(openmp)}
+
+
+class BuildKernels(build_ext):
+    """build_ext that runs ninja, and leaves `_build.json` either way."""
+
+    def run(self) -> None:
+        wish = os.environ.get("ZOACT_BUILD_CPU", "auto")
+        if wish not in ("auto", "0", "1"):
+            raise SystemExit(f"ZOACT_BUILD_CPU is {wish!r}; it must be auto, 0 or 1")
+        self.module = Path(self.get_ext_fullpath(self.extensions[0].name))
+        try:
+            if wish == "0":
+                raise CannotBuild("switched off by ZOACT_BUILD_CPU=0 at build time")
+            record = compile_module(self.module, ROOT / "build" / f"cpu-{sys.implementation.cache_tag}")
+        except CannotBuild as reason:
+            if wish == "1":
+                raise SystemExit(f"zoact_kernels: {reason} (ZOACT_BUILD_CPU=1 asks for the compiled kernels)") from None
+            print(f"\nWARNING: zoact_kernels is built WITHOUT its compiled CPU kernels: {reason}\n", file=sys.stderr)
+            self.module.unlink(missing_ok=True)  # never one of an earlier build
+            record = {"why_missing": str(reason)}
+        self.module.parent.mkdir(parents=True, exist_ok=True)
+        self.record.write_text(json.dumps(record) + "\n")
+
+    @property
+    def record(self) -> Path:
+        return self.module.with_name("_build.json")
+
+    def get_outputs(self) -> list[str]:
+        module = Path(self.get_ext_fullpath(self.extensions[0].name))
+        return [str(path) for path in (module, module.with_name("_build.json")) if path.exists()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}  # an editable build writes into the source tree
+
+
+class Wheel(bdist_wheel):
+    """bdist_wheel whose tag follows the outcome: without a module the wheel is pure (py3-none-any)."""
+
+    def run(self) -> None:
+        self.run_command("build")
+        if not self.get_finalized_command("build_ext").module.exists():
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+        super().run()
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("zoact_kernels._C", sources=[])],
+        cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
+    )

@@ -1,0 +1,73 @@
+"""torch.compile(fullgraph=True) of swapped models: no graph break, the same numbers, equal blocks compile once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_swap import llama, with_bases
+
+from zoact_kernels.swap import ZOConfig, perturbed, swap
+
+
+class Counting:
+    """A backend that runs ATen ops as they are, so numbers stay the same bits, and counts its compilations."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, graph, inputs):
+        from torch._dynamo.backends.debugging import aot_eager
+
+        self.count += 1
+        return aot_eager(graph, inputs)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_a_whole_model_in_one_graph():
+    model = llama(layers=2)
+    swap(model, ZOConfig(rank=2, group_size=16))
+    with_bases(model)
+    ids = torch.randint(0, 97, (4, 5))
+    backend = Counting()
+    fast = torch.compile(model, fullgraph=True, backend=backend)
+    clean = model(ids, use_cache=False).logits
+    assert torch.equal(fast(ids, use_cache=False).logits, clean)
+    sigmas = torch.tensor([[0.05], [-0.05]])
+    for seed in (3, 4, 5):
+        with perturbed(model, torch.tensor([seed]), sigmas):
+            assert torch.equal(fast(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    assert backend.count == 2  # clean and perturbed; new seeds need no new graph
+
+
+@torch.no_grad()
+def test_equal_blocks_compile_once():
+    model = llama(layers=4)
+    swap(model, ZOConfig(rank=2, group_size=16))
+    with_bases(model)
+    ids = torch.randint(0, 97, (4, 5))
+    want = model(ids, use_cache=False).logits
+    backend = Counting()
+    for block in model.model.layers:
+        block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
+    assert torch.equal(model(ids, use_cache=False).logits, want)
+    assert backend.count == 1
+
+
+@torch.no_grad()
+def test_inductor_gives_the_same_numbers():
+    from test_swap import Mlp
+
+    torch.manual_seed(0)
+    model = Mlp()
+    swap(model, ZOConfig(rank=2, group_size=8))
+    with_bases(model)
+    x = torch.randn(4, 24)
+    fast = torch.compile(model, fullgraph=True)
+    assert (fast(x) - model(x)).abs().max() < 1e-6

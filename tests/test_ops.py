@@ -1,0 +1,236 @@
+"""Schemas, checks, dispatch, autograd and torch.compile of the five ops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from zoact_kernels import ops, reference
+from zoact_kernels.dispatch import IMPLEMENTATIONS, ROOF, Problem, choose, explain, using
+from zoact_kernels.formats import quantize
+
+Z = torch.ops.zoact
+
+
+def linear_args(M=6, N=33, K=96, R=3, G=2, format="int4", dtype=torch.float32, layout="row", S=2, **changes):
+    """Arguments of a zo_linear call, by name; `changes` replace some."""
+    torch.manual_seed(0)
+    w = quantize(torch.randn(N, K) / K**0.5, format, 32 if format != "dense" else None).to_layout(layout)
+    args = dict(
+        x=(torch.randn(M, K) + 3).to(dtype),
+        weight=w.weight,
+        scale=w.scale,
+        offset=w.offset,
+        nested=None,
+        bias=torch.randn(N),
+        base_basis=None,
+        base_coeff=None,
+        basis=torch.linalg.qr(torch.randn(K, R))[0].contiguous() if R else None,
+        coeff=torch.randn(N, R) if R else None,
+        coeff_groups=None,
+        projected=None,
+        seeds=torch.arange(S) - 1 if R else None,
+        sigmas=torch.randn(G, S) * 0.1 if R else None,
+        param_id=torch.tensor([77]) if R else None,
+        format=format,
+        layout=layout,
+        group_size=w.group_size,
+        out_features=N,
+        noise="normal",
+        groups=G,
+    )
+    return {**args, **changes}
+
+
+def dense_args(M=6, N=20, K=64, G=2, format="int4", **changes):
+    torch.manual_seed(1)
+    w = quantize(torch.randn(N, K) / 8, format, 32)
+    args = dict(
+        x=torch.randn(M, K),
+        weight=w.weight,
+        scale=w.scale,
+        offset=w.offset,
+        nested=None,
+        bias=None,
+        seeds=torch.tensor([4, -5]),
+        sigmas=torch.randn(G, 2) * 0.1,
+        param_id=torch.tensor([3]),
+        noise_scale=None,
+        mask_value=None,
+        mask_seed=None,
+        format=format,
+        layout="row",
+        group_size=32,
+        out_features=N,
+        groups=G,
+    )
+    return {**args, **changes}
+
+
+@pytest.mark.parametrize("format", ["dense", "int8", "int4", "nf4", "fp4"])
+def test_opcheck_zo_linear(format):
+    torch.library.opcheck(Z.zo_linear.default, (), linear_args(format=format))
+    args = linear_args(format=format)
+    args["x"].requires_grad_()
+    args["coeff"].requires_grad_()
+    torch.library.opcheck(Z.zo_linear.default, (), args)
+
+
+def test_opcheck_the_other_ops():
+    torch.library.opcheck(Z.zo_dense_linear.default, (), dense_args())
+    c, m, v = torch.randn(5, 2), torch.zeros(5, 2), torch.zeros(5, 2)
+    hyper = torch.tensor([1e-2, 0.9, 0.999, 1e-8, 0.0, 0.1, 0.001])
+    torch.library.opcheck(
+        Z.zo_update_.default,
+        ([c], [m], [v], torch.tensor([9]), torch.tensor([3]), torch.ones(1), hyper, torch.tensor([False]), "adam"),
+    )
+    torch.library.opcheck(
+        Z.zo_perturb_.default, (torch.randn(5, 7), torch.tensor([3]), torch.ones(1), torch.tensor([9]))
+    )
+    w = quantize(torch.randn(8, 64), "int4", 32)
+    torch.library.opcheck(
+        Z.dequantize.default, (w.weight, w.scale, w.offset, None, "int4", "row", 32, 8, 64, torch.float32)
+    )
+
+
+WRONG = [
+    (dict(format="int5"), "`format` is 'int5'"),
+    (dict(scale=None), "`scale` is None"),
+    (dict(scale=torch.ones(64, 3)), r"`scale` has shape \(64, 3\)"),
+    (dict(weight=torch.zeros(33, 40, dtype=torch.uint8)), r"`weight` has shape \(33, 40\)"),
+    (dict(x=torch.randn(6, 64)), "in_features=64 needs"),
+    (dict(x=torch.tensor(1.0)), "`x` has no dimensions"),
+    (dict(groups=4, sigmas=torch.ones(4, 2)), "4 row groups do not divide"),
+    (dict(groups=0), "`groups` is 0"),
+    (dict(sigmas=torch.ones(3, 2)), r"`sigmas` has shape \(3, 2\)"),
+    (dict(sigmas=torch.ones(2, 2, dtype=torch.float64)), "`sigmas` is torch.float64"),
+    (dict(sigmas=None), "`seeds` needs `sigmas`"),
+    (dict(seeds=None), "`sigmas` is given without `seeds`"),
+    (dict(seeds=torch.ones(2, dtype=torch.int32)), "`seeds` is torch.int32"),
+    (dict(noise="uniform"), "`noise` is 'uniform'"),
+    (dict(bias=torch.randn(5)), r"`bias` has shape \(5,\)"),
+    (dict(basis=torch.randn(90, 3)), r"`basis` has shape \(90, 3\)"),
+    (dict(basis=None), "need a `basis`"),
+    (dict(coeff=torch.randn(33, 4)), r"`coeff` has shape \(33, 4\)"),
+    (dict(coeff=torch.randn(33, 3).half()), "`coeff` is torch.float16"),
+    (dict(base_basis=torch.randn(96, 2)), "come together"),
+    (dict(projected=torch.randn(6, 3)), "pass one of the two"),
+]
+
+
+@pytest.mark.parametrize("changes, message", WRONG, ids=[m for _, m in WRONG])
+def test_bad_arguments_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Z.zo_linear.default(**linear_args(**changes))
+
+
+def test_zo_update_checks():
+    c = torch.randn(5, 2)
+    good = dict(
+        coeffs=[c], exp_avgs=[], exp_avg_sqs=[], param_ids=torch.tensor([9]), seeds=torch.tensor([3]),
+        weights=torch.ones(1), hyper=torch.zeros(7), skip=torch.tensor([False]), rule="sgd",
+    )  # fmt: skip
+    for changes, message in (
+        (dict(rule="rmsprop"), "`rule` is 'rmsprop'"),
+        (dict(rule="adam"), "`exp_avgs` has 0 tensors"),
+        (dict(coeffs=[c.T]), r"`coeffs\[0\]` has shape"),
+        (dict(weights=torch.ones(2)), r"`weights` has shape \(2,\)"),
+        (dict(hyper=torch.zeros(3)), "`hyper` has shape"),
+        (dict(param_ids=torch.tensor([9, 9])), "`param_ids` has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Z.zo_update_.default(**{**good, **changes})
+
+
+def test_dispatch_is_pure_explained_and_forced():
+    problem = ops.linear_problem(**linear_args())
+    told = explain(problem)
+    assert told.chosen == choose(problem).name
+    assert set(told.refusals) | set(told.seconds) == {i.name for i in IMPLEMENTATIONS}
+    assert told.seconds[told.chosen] == min(told.seconds.values())
+    with using("reference"):
+        assert explain(problem).chosen == "reference"
+        assert ops.implementation(problem).name == "reference"
+    assert explain(problem).chosen == told.chosen
+    with pytest.raises(ValueError, match="implementations are cpu, reference"), using("gpu"):
+        pass
+    with pytest.raises(ValueError, match="`isa` is 'neon'"), using("cpu", isa="neon"):
+        pass
+
+
+def test_a_forced_implementation_that_declines_raises():
+    args = linear_args(dtype=torch.float64)
+    with using("cpu"), pytest.raises(RuntimeError, match="float64 is not float32"):
+        Z.zo_linear.default(**args)
+    assert Z.zo_linear.default(**args).dtype == torch.float64  # the reference takes it, and explain says so
+    assert "float64" in explain(ops.linear_problem(**args)).refusals["cpu"]
+
+
+def test_batch_invariance_can_be_asked_for():
+    problem = Problem("zo_linear", "cpu", torch.float64, 1, 2, 3)
+    with pytest.raises(RuntimeError, match="batch_invariant is False"):
+        choose(problem, None, True)
+
+
+def test_costs_are_positive_and_roofs_known():
+    problem = ops.linear_problem(**linear_args())
+    for implementation in IMPLEMENTATIONS:
+        flops, moved = implementation.cost(problem)
+        assert flops > 0 and moved > 0
+    assert "cpu" in ROOF
+
+
+@pytest.mark.parametrize("G, basis_per_group, use_projected", [(1, False, False), (2, False, False), (2, True, False), (2, False, True)])
+def test_autograd_zo_linear(G, basis_per_group, use_projected):
+    args = linear_args(M=8, G=G, sigmas=torch.randn(G, 2) * 0.1)
+    K, N = 96, 33
+    args["base_basis"], args["base_coeff"] = torch.randn(K, 2), torch.randn(N, 2)
+    args["coeff_groups"] = torch.randn(G, N, 3)
+    if basis_per_group:
+        args["basis"] = torch.randn(G, K, 3) / 10
+    if use_projected:
+        args["projected"], args["basis"] = torch.randn(8, 3), None
+    names = ["x", "bias", "base_basis", "base_coeff", "basis", "coeff", "coeff_groups", "projected"]
+    leaves = [n for n in names if args[n] is not None]
+    for n in leaves:
+        args[n] = args[n].clone().requires_grad_()
+    g = torch.randn(8, N)
+    got = torch.autograd.grad((Z.zo_linear.default(**args) * g).sum(), [args[n] for n in leaves])
+    truth_args = {k: v.detach().double().requires_grad_() if k in leaves else v for k, v in args.items()}
+    truth = torch.autograd.grad(
+        (reference.zo_linear(**truth_args, compute=torch.float64) * g.double()).sum(), [truth_args[n] for n in leaves]
+    )
+    for name, a, b in zip(leaves, got, truth, strict=True):
+        scale = b.abs().max()
+        assert (a.double() - b).abs().max() <= 2e-5 * scale, name  # fp32 sums of at most 96 products of size ~10
+
+
+def test_autograd_zo_dense_linear_to_x_and_sigmas():
+    args = dense_args(mask="magnitude", mask_value=torch.tensor([0.1]), noise_scale=torch.rand(20, 64))
+    for n in ("x", "sigmas"):
+        args[n] = args[n].clone().requires_grad_()
+    got = torch.autograd.grad(Z.zo_dense_linear.default(**args).square().sum(), [args["x"], args["sigmas"]])
+    truth = {**args, "x": args["x"].detach().double().requires_grad_(), "sigmas": args["sigmas"].detach().double().requires_grad_()}
+    want = torch.autograd.grad(
+        reference.zo_dense_linear(**truth, compute=torch.float64).square().sum(), [truth["x"], truth["sigmas"]]
+    )
+    for a, b in zip(got, want, strict=True):
+        assert (a.double() - b).abs().max() <= 2e-5 * b.abs().max()
+
+
+def test_fake_tensors_on_a_device_that_is_not_there():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    real = linear_args()
+    with FakeTensorMode():
+        args = {
+            k: torch.empty(v.shape, dtype=v.dtype, device="cuda") if isinstance(v, torch.Tensor) else v
+            for k, v in real.items()
+        }
+        args["x"] = args["x"].view(2, 3, 96)
+        y = Z.zo_linear.default(**args)
+        assert y.shape == (2, 3, 33) and y.device.type == "cuda" and y.dtype == torch.float32
+        w = Z.dequantize.default(
+            args["weight"], args["scale"], args["offset"], None, "int4", "row", 32, 33, 96, torch.bfloat16, 3, 7
+        )
+        assert w.shape == (7, 96) and w.dtype == torch.bfloat16

@@ -1,0 +1,456 @@
+"""The one-shot activation basis: for each layer the top-R right singular vectors A [K, R] of its inputs H [T, K].
+
+H are the inputs of a layer over the unpadded tokens of a few clean forwards (arXiv 2607.01125). The rows of a weight's
+gradient are combinations of rows of H, so A holds the directions in which the weight has most to learn.
+
+    method    kept while capturing, for each group of layers    forwards over the batches
+    svd       H, float32 [T, K]; SVD in float64                 1
+    gram      H^T H, float64 [K, K]; its eigenvectors           1
+    power     two sketches, float64 [K, R + oversample]         iterations + 1
+
+and two more: one over the first batch to find which layers are fed by the same tensor, one over all to measure the
+captured energy. Layers fed by the same tensor form a group and get one A, the same object. With `streaming` only one
+group's H, Gram or sketch is alive at a time; the forwards are then run per group and end at that group's last call.
+
+A is computed in float64 and rounded once, so it is orthonormal to float32 and does not depend on the thread count but
+through the rounding of the forward itself. The largest entry of each column is positive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from . import rng
+from .layers import ZOLinear, perturbation_of, zo_layers
+
+METHODS = ("svd", "gram", "power")
+ROWS = 1024  # rows of H that are cast to float64 at once
+
+Batch = Mapping[str, Any] | Callable[[], Any]
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class LayerBasis:
+    """What the basis of one layer holds.
+
+    energy: |H A|^2 / |H|^2 over all unpadded tokens. energy_without_first: the same but for the first token of each
+    sequence; it is far lower than `energy` where the outlier of the first token swallowed the basis. NaN where no token
+    is left. tokens: rows of the H that A was made of. singular_values: the first `rank` of that H.
+    """
+
+    name: str
+    group: int
+    shared_with: tuple[str, ...]
+    rank: int
+    tokens: int
+    energy: float
+    energy_without_first: float
+    singular_values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class BasisReport:
+    """One row per layer, in the order of the groups' first calls."""
+
+    method: str
+    layers: tuple[LayerBasis, ...]
+
+    def __str__(self) -> str:
+        head = f"{self.method} basis of {len(self.layers)} layers: energy captured (without first tokens)"
+        rows = (f"  {r.name}: rank {r.rank}, {r.energy:.3f} ({r.energy_without_first:.3f})" for r in self.layers)
+        return "\n".join((head, *rows))
+
+
+def compute_basis(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    method: str = "svd",
+    streaming: bool = False,
+    exclude_first_token: bool = False,
+    oversample: int = 8,
+    iterations: int = 6,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> BasisReport:
+    """Compute and set the basis of every layer of rank > 0, and report what it captures. All are set, or none.
+
+    batches: dicts of arguments of `model`, or functions without arguments that run it. The "attention_mask" [B, T] of a
+        dict drops padding. Without one every token counts, and token 0 of each [..., T, K] input is its first token.
+    exclude_first_token: leave the first unpadded token of each sequence out of H.
+    oversample, iterations, seed: of "power" alone; it starts from Philox noise, a function of seed and layer.
+    progress: called as progress(done, total, what) after each forward.
+
+    Raises ValueError for an unknown method, no batches, fewer tokens than the rank, a rank above K, inputs that are not
+    finite or do not fit the mask, or coefficients that are not zero (a new basis would change what the model computes);
+    RuntimeError when a layer is not reached, is perturbed, or shares its input in some of the batches only.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; it may be {', '.join(METHODS)}")
+    runs = list(batches)
+    if not runs:
+        raise ValueError("batches is empty; a basis needs at least one batch of calibration tokens")
+    layers = _targets(model)
+    forwards = _Forwards(model, layers, runs, exclude_first_token, progress)
+
+    with evaluating(model):
+        groups = forwards.groups()
+        parts = [[group] for group in groups] if streaming else [groups]
+        passes = iterations + 1 if method == "power" else 1
+        forwards.total = 1 + len(runs) * (passes * len(parts) + 1)
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for part in parts:
+            captures = {group.leader: _capture(method, group, oversample, iterations, seed) for group in part}
+            for _ in range(passes):
+                forwards.feed({name: capture.add for name, capture in captures.items()}, part if streaming else None)
+                for capture in captures.values():
+                    capture.end_pass()
+            found |= {name: capture.vectors() for name, capture in captures.items()}
+        energies = {group.leader: _Energy(found[group.leader][0]) for group in groups}
+        forwards.feed({name: energy.add for name, energy in energies.items()}, groups=groups, with_first=True)
+
+    shared: dict[tuple[str, int], Tensor] = {}
+    rows = []
+    for index, group in enumerate(groups):
+        vectors, values = found[group.leader]
+        for name in group.names:
+            rank = layers[name].rank
+            layers[name].set_basis(
+                shared.setdefault((group.leader, rank), vectors[:, :rank].to(torch.float32).contiguous())
+            )
+            others = tuple(other for other in group.names if other != name)
+            tokens = energies[group.leader].tokens(exclude_first_token)
+            captured = energies[group.leader].captured(rank)
+            rows.append(LayerBasis(name, index, others, rank, tokens, *captured, tuple(values[:rank].tolist())))
+    return BasisReport(method, tuple(rows))
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients and every module in eval mode: all evaluations of a step see the same function (no dropout).
+
+    The modules' own training flags return afterwards.
+    """
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _targets(model: nn.Module) -> dict[str, ZOLinear]:
+    layers = {name: layer for name, layer in zo_layers(model).items() if layer.rank > 0}
+    if perturbation_of(model).active:
+        raise RuntimeError("the model is being perturbed; a basis comes from clean forwards")
+    if not layers:
+        raise ValueError("no layer of the model has a rank above 0; swap it with ZOConfig(rank=1) or more")
+    for name, layer in layers.items():
+        if layer.rank > layer.in_features:
+            raise ValueError(f"rank of {name} is {layer.rank}; its inputs have only {layer.in_features} dimensions")
+        if layer.coeff is not None and bool(layer.coeff.detach().any()):
+            raise ValueError(f"coeff of {name} is not zero: another basis would change the model; merge it first")
+    return layers
+
+
+# --- which layers are fed by one tensor, and what is fed to them ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Layers fed by the same tensor at each of their `calls` in a forward; `leader` is called first."""
+
+    names: tuple[str, ...]
+    calls: int
+    rank: int
+    in_features: int
+    param_id: Tensor
+
+    @property
+    def leader(self) -> str:
+        return self.names[0]
+
+
+class _Identity:
+    """Numbers tensors so that two get the same number if and only if they are the same data at the same time.
+
+    The weak reference to a storage does not keep its data alive but keeps its address from being given out again; the
+    version tells a tensor from itself before an in-place change.
+    """
+
+    def __init__(self) -> None:
+        self.storages: list[StorageWeakRef] = []
+        self.numbers: dict[tuple, int] = {}
+
+    def __call__(self, x: Tensor) -> int:
+        storage = StorageWeakRef(x.untyped_storage())
+        self.storages.append(storage)
+        shape = (x.numel(), x.shape[-1]) if x.is_contiguous() else (x.shape, x.stride())
+        version = 0 if x.is_inference() else x._version
+        key = (storage.cdata, x.storage_offset(), x.dtype, shape, version)
+        return self.numbers.setdefault(key, len(self.numbers))
+
+
+class _Stop(BaseException):
+    """Ends a forward early. Not an Exception, so that no model's own handler swallows it."""
+
+
+class _Forwards:
+    """Runs the batches and feeds the inputs of chosen layers, without padding, to whoever asks."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, ZOLinear],
+        runs: Sequence[Batch],
+        exclude_first: bool,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.layers, self.runs, self.exclude_first = model, layers, runs, exclude_first
+        self.progress, self.done, self.total = progress, 0, 1
+
+    def groups(self) -> list[_Group]:
+        """The groups as the first batch shows them, in the order of their first calls."""
+        inputs = self._run(self.runs[0], lambda name, x: None, "finding shared inputs")
+        missing = [name for name in self.layers if name not in inputs]
+        if missing:
+            raise RuntimeError(f"not reached by the first batch: {', '.join(missing)}; leave them out of the swap")
+        groups = []
+        for names in _partition(inputs):
+            first = self.layers[names[0]]
+            rank = max(self.layers[name].rank for name in names)
+            groups.append(_Group(names, len(inputs[names[0]]), rank, first.in_features, first.param_id))
+        return groups
+
+    def feed(
+        self,
+        feeds: Mapping[str, Callable[..., None]],
+        stop_after: Sequence[_Group] | None = None,
+        groups: Sequence[_Group] | None = None,
+        with_first: bool = False,
+    ) -> None:
+        """One pass over the batches: each feed gets rows [n, K] float32, and which are first tokens if `with_first`.
+
+        stop_after: end each forward at the last call of this one group. groups: check that they still hold.
+        """
+        for number, run in enumerate(self.runs):
+            mask = _mask(run)
+            left = stop_after[0].calls if stop_after else 0
+
+            def hook(name: str, x: Tensor, mask: Tensor | None = mask) -> None:
+                nonlocal left
+                if name not in feeds:
+                    return
+                rows, first = _rows(name, x, mask)
+                if not bool(torch.isfinite(rows).all()):
+                    raise ValueError(f"inputs of {name} hold NaN or inf; a basis needs finite activations")
+                if with_first:
+                    feeds[name](rows, first)
+                else:
+                    feeds[name](rows[~first] if self.exclude_first else rows)
+                left -= 1
+                if stop_after and left == 0:
+                    raise _Stop
+
+            inputs = self._run(run, hook, stop_after[0].leader if stop_after else "")
+            if groups and _partition(inputs) != [group.names for group in groups]:
+                raise RuntimeError(f"batch {number} feeds the layers in other groups than batch 0; give it on its own")
+
+    def _run(self, run: Batch, hook: Callable[[str, Tensor], None], what: str) -> dict[str, list[int]]:
+        """One forward. Returns the identities of each reached layer's inputs, in call order."""
+        identity = _Identity()
+        inputs: dict[str, list[int]] = {}
+
+        def pre_hook(name: str) -> Callable[[nn.Module, tuple, dict], None]:
+            def see(module: nn.Module, args: tuple, kwargs: dict) -> None:
+                x = args[0] if args else kwargs["x"]
+                inputs.setdefault(name, []).append(identity(x))
+                hook(name, x)
+
+            return see
+
+        handles = [
+            layer.register_forward_pre_hook(pre_hook(name), with_kwargs=True) for name, layer in self.layers.items()
+        ]
+        try:
+            with contextlib.suppress(_Stop):
+                run() if callable(run) else self.model(**run)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, max(self.total, self.done), what)
+        return inputs
+
+
+def _partition(inputs: Mapping[str, Sequence[int]]) -> list[tuple[str, ...]]:
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, numbers in inputs.items():
+        groups.setdefault(tuple(numbers), []).append(name)
+    return [tuple(names) for names in groups.values()]
+
+
+def _mask(run: Batch) -> Tensor | None:
+    """Which tokens of a batch are real, bool [B, T]; None where nothing says so."""
+    mask = None if callable(run) else run.get("attention_mask")
+    if mask is None:
+        return None
+    if mask.dim() != 2:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; a basis needs (batch, tokens)")
+    return mask.bool()
+
+
+def _rows(name: str, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The unpadded rows of an input [..., K] as float32 [n, K], and which are the first of their sequence, bool [n]."""
+    flat = x.detach().reshape(-1, x.shape[-1])
+    if mask is None:
+        first = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
+        if x.dim() > 2:
+            first[..., 0] = True
+        return flat.float(), first.flatten()
+    if x.shape[:-1] not in (mask.shape, (mask.numel(),)):
+        raise ValueError(
+            f"input of {name} has shape {tuple(x.shape)}; with an attention_mask of {tuple(mask.shape)} it has to be "
+            f"({mask.shape[0]}, {mask.shape[1]}, K) or ({mask.numel()}, K): the model regroups tokens"
+        )
+    mask = mask.to(x.device)
+    first = mask & (mask.cumsum(dim=1) == 1)
+    keep = mask.flatten()
+    return flat[keep].float(), first.flatten()[keep]
+
+
+# --- from rows to singular vectors ------------------------------------------------------------------------------------
+
+
+def _float64(rows: Tensor) -> Iterator[Tensor]:
+    return (piece.double() for piece in rows.split(ROWS))
+
+
+class _Svd:
+    """Keeps H and decomposes it. The base of the others: they keep less."""
+
+    def __init__(self, group: _Group) -> None:
+        self.group, self.tokens = group, 0
+        self.h: list[Tensor] = []
+
+    def add(self, rows: Tensor) -> None:
+        self.tokens += len(rows)
+        self.h.append(rows)
+
+    def end_pass(self) -> None:
+        if self.tokens < self.group.rank:
+            raise ValueError(
+                f"{self.group.leader} has rank {self.group.rank} but saw {self.tokens} tokens; "
+                "a basis needs at least as many calibration tokens as its rank"
+            )
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """A float64 [K, R] with the sign rule applied, and the R largest singular values of H, falling."""
+        h = torch.cat(self.h).double()
+        self.h = []
+        _, values, vt = torch.linalg.svd(h, full_matrices=False)
+        return self._top(vt.T, values)
+
+    def _top(self, vectors: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        a = vectors[:, : self.group.rank]
+        largest = a.gather(0, a.abs().argmax(dim=0, keepdim=True))
+        return a * torch.where(largest < 0, -1.0, 1.0), values[: self.group.rank]
+
+    def _rayleigh(self, gram: Tensor, frame: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(gram)  # rising
+        vectors = vectors.flip(1)
+        return self._top(vectors if frame is None else frame @ vectors, values.flip(0).clamp_min(0).sqrt())
+
+
+class _Gram(_Svd):
+    """Keeps H^T H. Singular values below 1e-8 of the largest are lost to the squaring; the top ones are not."""
+
+    def __init__(self, group: _Group) -> None:
+        super().__init__(group)
+        K = group.in_features
+        self.gram = torch.zeros(K, K, dtype=torch.float64, device=group.param_id.device)
+
+    def add(self, rows: Tensor) -> None:
+        self.tokens += len(rows)
+        for piece in _float64(rows):
+            self.gram.addmm_(piece.T, piece)
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        return self._rayleigh(self.gram)
+
+
+class _Power(_Svd):
+    """Block subspace iteration, Q <- qr(H^T (H Q)), one per pass; the last pass makes the small Gram (H Q)^T (H Q)."""
+
+    def __init__(self, group: _Group, oversample: int, iterations: int, seed: int) -> None:
+        super().__init__(group)
+        width = min(group.in_features, group.rank + oversample)
+        start = rng.noise(
+            "normal", seed, int(group.param_id), group.in_features, width, device=group.param_id.device
+        ).double()
+        self.frame = torch.linalg.qr(start).Q
+        self.sketch = torch.zeros_like(self.frame)
+        self.gram = torch.zeros(width, width, dtype=torch.float64, device=start.device)
+        self.iterations, self.passed = iterations, 0
+
+    def add(self, rows: Tensor) -> None:
+        self.tokens += len(rows)
+        for piece in _float64(rows):
+            projected = piece @ self.frame
+            if self.passed < self.iterations:
+                self.sketch.addmm_(piece.T, projected)
+            else:
+                self.gram.addmm_(projected.T, projected)
+
+    def end_pass(self) -> None:
+        if self.passed == 0:
+            super().end_pass()
+        if self.passed < self.iterations:
+            self.frame = torch.linalg.qr(self.sketch).Q
+            self.sketch = torch.zeros_like(self.frame)
+        self.passed += 1
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        return self._rayleigh(self.gram, self.frame)
+
+
+def _capture(method: str, group: _Group, oversample: int, iterations: int, seed: int) -> _Svd:
+    if method == "power":
+        return _Power(group, oversample, iterations, seed)
+    return _Gram(group) if method == "gram" else _Svd(group)
+
+
+class _Energy:
+    """|H A|^2 column by column and |H|^2, float64, [0] over all tokens and [1] over all but the first ones."""
+
+    def __init__(self, vectors: Tensor) -> None:
+        self.basis = vectors.float().double()  # what the layers get
+        self.columns = torch.zeros(2, vectors.shape[1], dtype=torch.float64, device=vectors.device)
+        self.whole = torch.zeros(2, dtype=torch.float64, device=vectors.device)
+        self.count = [0, 0]
+
+    def add(self, rows: Tensor, first: Tensor) -> None:
+        for index, part in enumerate((rows, rows[~first])):
+            self.count[index] += len(part)
+            for piece in _float64(part):
+                self.columns[index] += (piece @ self.basis).square().sum(dim=0)
+                self.whole[index] += piece.square().sum()
+
+    def tokens(self, exclude_first: bool) -> int:
+        return self.count[exclude_first]
+
+    def captured(self, rank: int) -> tuple[float, float]:
+        energy, without = (self.columns[:, :rank].sum(dim=1) / self.whole).tolist()
+        return energy, without

@@ -1,0 +1,375 @@
+"""`zoact`: finetune, replay, explain, export, demo. Thin: options in, text out; everything else is in the rooms above.
+
+Errors that a user can mend are one line and exit code 2; `--debug` anywhere shows the traceback.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from . import memory
+from .data import parse_label_words
+from .methods import StepResult
+from .runlog import EvalRow, RunError, RunLog, StepRow
+from .trainer import Recipe, Watch
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune low-bit language models by forward passes only. --debug shows tracebacks.",
+)
+console = Console(highlight=False)
+
+
+class Display(Watch):
+    """A progress bar with the running loss, the last accuracy, tokens/s and peak memory; evaluations as lines."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            refresh_per_second=2,
+        )
+        self.task = self.progress.add_task("", visible=False)
+        self.loss = math.nan
+        self.accuracy = ""
+        self.start = memory.resident()
+
+    def __enter__(self) -> Display:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.progress.stop()
+
+    def started(self, done: int, steps: int) -> None:
+        self.start = memory.resident()
+        if done:
+            self.said(f"continuing after step {done}")
+        self.progress.reset(self.task, total=steps, completed=done, visible=True)
+
+    def stepped(self, row: StepRow, result: StepResult) -> None:
+        loss = result.loss
+        if math.isfinite(loss):  # over about 20 steps
+            self.loss = loss if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * loss
+        peak = memory.highest()
+        held = "" if peak is None or self.start is None else f" | peak +{memory.human(peak - self.start)}"
+        text = f"loss {self.loss:.4f}{self.accuracy} | {row.tokens / row.seconds:,.0f} tokens/s{held}"
+        self.progress.update(self.task, completed=row.step + 1, description=text)
+
+    def evaluating(self, step: int) -> None:
+        self.progress.update(self.task, description=f"evaluating after {step} steps")
+
+    def evaluated(self, row: EvalRow) -> None:
+        self.accuracy = "" if math.isnan(row.accuracy) else f" | accuracy {row.accuracy:.1%}"
+        self.said(f"after {row.step} steps: held-out loss {row.loss:.4f}{self.accuracy} ({len(row.losses)} examples)")
+
+    def said(self, text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+
+# --- finetune ---------------------------------------------------------------------------------------------------------
+
+
+def _ranks(text: str) -> dict[str, int]:
+    """ "*.q_proj=4,*.v_proj=0" -> {"*.q_proj": 4, "*.v_proj": 0}."""
+    ranks = {}
+    for item in filter(None, text.split(",")):
+        pattern, _, rank = item.partition("=")
+        if not rank.strip().isdigit():
+            raise ValueError(f"`--ranks` has {item!r}; items are of the form pattern=rank")
+        ranks[pattern.strip()] = int(rank)
+    return ranks
+
+
+def _option(text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text)
+
+
+@app.command()
+def finetune(
+    context: typer.Context,
+    out: Annotated[Path, _option("run directory")],
+    model: Annotated[str, _option("GGUF file or Hugging Face directory (safetensors)")] = "",
+    train: Annotated[str, _option("training examples: .jsonl, .csv or .tsv")] = "",
+    eval: Annotated[str, _option("held-out examples, evaluated before, during and after")] = "",
+    prompt: Annotated[str, _option("template over the columns: '{question}\\nType:'")] = "",
+    labels: Annotated[str, _option("label=word,... or word,...: what the model should answer")] = "",
+    label_column: Annotated[str, _option("column that holds the label")] = "label",
+    completion: Annotated[str, _option("template of the answer, instead of --labels")] = "",
+    separator: Annotated[str, _option("between prompt and answer")] = " ",
+    max_length: Annotated[int, _option("tokens of a sequence; prompts lose their beginning")] = 512,
+    rank: Annotated[int, _option("rank of each layer's basis")] = 1,
+    ranks: Annotated[str, _option("ranks of their own: '*.q_proj=4,*.down_proj=0'")] = "",
+    target: Annotated[list[str] | None, _option("pattern of layers to train (repeat; default all)", "--target")] = None,
+    format: Annotated[str, _option("of weights that are dense in the file: int4, int8, nf4, fp4, dense")] = "int4",
+    group_size: Annotated[int | None, _option("weights per scale, -1 for a row")] = None,
+    dtype: Annotated[str, _option("activations: float32, bfloat16, float16")] = "float32",
+    adapter: Annotated[str, _option("PEFT LoRA directory to continue from")] = "",
+    steps: Annotated[int, _option("training steps")] = Recipe.steps,
+    batch_size: Annotated[int, _option("examples a step")] = Recipe.batch_size,
+    micro_batch: Annotated[int, _option("examples of a step at a time (0: all)")] = Recipe.micro_batch,
+    lr: Annotated[float, _option("learning rate on C")] = Recipe.lr,
+    sigma: Annotated[float, _option("perturbation radius")] = Recipe.sigma,
+    queries: Annotated[int, _option("directions a step")] = Recipe.queries,
+    sides: Annotated[str, _option("two-sided, one-sided or leave-one-out")] = Recipe.sides,
+    scaling: Annotated[str, _option("of the differences: plain, std, clipped, sign")] = Recipe.scaling,
+    mode: Annotated[str, _option("stacked (one forward) or sequential (less memory)")] = Recipe.mode,
+    optimizer: Annotated[str, _option("adam, adamw, sgd, momentum, sign")] = Recipe.optimizer,
+    weight_decay: Annotated[float, _option("weight decay on C")] = Recipe.weight_decay,
+    schedule: Annotated[str, _option("constant, linear or cosine")] = Recipe.schedule,
+    warmup: Annotated[int, _option("steps of rising learning rate")] = Recipe.warmup,
+    noise: Annotated[str, _option("normal or rademacher")] = Recipe.noise,
+    seed: Annotated[int, _option("the whole of the randomness")] = Recipe.seed,
+    basis_batches: Annotated[int, _option("batches the basis is made of")] = Recipe.basis_batches,
+    basis_method: Annotated[str, _option("gram, svd or power")] = Recipe.basis_method,
+    basis_without_first: Annotated[
+        bool, _option("leave first tokens out of the basis", "--basis-without-first")
+    ] = Recipe.basis_without_first,
+    eval_every: Annotated[int, _option("evaluate every so many steps too")] = Recipe.eval_every,
+    eval_limit: Annotated[int, _option("held-out examples used (0: all)")] = 0,
+    snapshot_every: Annotated[int, _option("steps between snapshots")] = Recipe.snapshot_every,
+    threads: Annotated[int, _option("CPU threads (0: torch's default; a resumed run keeps its own)")] = 0,
+    resume: Annotated[bool, _option("continue the run in --out; other options come from it", "--resume")] = False,
+) -> None:
+    """Fine-tune a model, or continue a run that ended early."""
+    from . import finetune as room
+
+    _set_threads(threads)
+    options = dict(context.params)
+    options["labels"] = parse_label_words(labels) if labels else {}
+    options["ranks"], options["targets"] = _ranks(ranks), tuple(target or ())
+    if resume:
+        job, recipe = room.logged_job(out)
+        given = {n for n in context.params if str(context.get_parameter_source(n)).endswith("COMMANDLINE")}
+        given |= {"targets"} if "target" in given else set()
+        options = {name: value for name, value in options.items() if name in given}
+        job, recipe = replace(job, **_of(room.Job, options)), replace(recipe, **_of(Recipe, options))
+    else:
+        if not model or not train:
+            raise ValueError("a new run needs --model and --train (or --resume with the --out of an earlier one)")
+        job, recipe = room.Job(**_of(room.Job, options)), Recipe(**_of(Recipe, options))
+    with Display() as display:
+        outcome, _ = room.finetune(job, recipe, out, resume=resume, watch=display)
+    _print_outcome(outcome)
+    if outcome.result.stopped_by:
+        console.print(f"stopped after {outcome.result.done} steps; continue: zoact finetune --resume --out {out}")
+        raise typer.Exit(128 + outcome.result.stopped_by)
+
+
+def _of(kind: Any, options: dict[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in options.items() if name in names}
+
+
+def _set_threads(threads: int) -> None:
+    import torch
+
+    if threads < 0:
+        raise ValueError(f"`--threads` is {threads}; it has to be at least 1, or 0 for torch's default")
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def _print_outcome(outcome: Any, more: Sequence[tuple[str, ...]] = ()) -> None:
+    """The table at the end: held-out numbers before and after, costs, sizes, checks."""
+    from .finetune import paired
+
+    before, after = outcome.before, outcome.after
+    table = Table("", "before", "after", "change ± paired standard error", title=str(outcome.directory))
+    if before is not None and after is not None and before.step != after.step:
+        loss, loss_error = paired(before.losses, after.losses)
+        if after.correct.size:
+            gain, error = paired(before.correct, after.correct)
+            change = f"{100 * gain:+.1f} ± {100 * error:.1f} points"
+            table.add_row("held-out accuracy", f"{before.accuracy:.1%}", f"{after.accuracy:.1%}", change)
+        table.add_row("held-out loss", f"{before.loss:.4f}", f"{after.loss:.4f}", f"{loss:+.4f} ± {loss_error:.4f}")
+        console.print(table)
+    facts = Table(show_header=False)
+    facts.add_row("steps", f"{outcome.result.done}")
+    facts.add_row("seconds per step", f"{outcome.seconds_per_step:.3f} (median)")
+    facts.add_row("tokens/s", f"{outcome.tokens_per_second:,.0f}")
+    facts.add_row("peak memory above the loaded model", memory.human(outcome.result.peak_bytes))
+    for row in more:
+        facts.add_row(*row)
+    facts.add_row("trainable parameters", f"{outcome.trainable:,}")
+    facts.add_row("run log, adapter", f"{memory.human(outcome.log_bytes)}, {memory.human(outcome.adapter_bytes)}")
+    same = "unchanged" if outcome.base_unchanged else "CHANGED"
+    facts.add_row("base weights", f"{same}, sha256 {outcome.base_hash[:16]}...")
+    console.print(facts)
+
+
+# --- replay, export, explain, demo ------------------------------------------------------------------------------------
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    adapter: Annotated[Path | None, _option("write the rebuilt adapter (PEFT LoRA) here")] = None,
+) -> None:
+    """Rebuild C from the log alone, without the model, and compare it with the snapshots."""
+    from .integrations.peft import export_lora
+    from .replay import replay as rebuild
+
+    with RunLog.open(run) as log:
+        rebuilt, name = rebuild(log), log.meta.get("job", {}).get("model")
+    for step, same in rebuilt.checked:
+        console.print(f"after {step} steps: {'identical' if same else 'DIFFERENT'}")
+    console.print(f"{rebuilt.steps} steps replayed, C has sha256 {rebuilt.coeff_hash}")
+    if adapter is not None:
+        export_lora(rebuilt.model, adapter, name)
+        console.print(f"adapter written to {adapter}")
+    if not rebuilt.identical:
+        raise RunError(f"{run}: the log does not give the C of its snapshots")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    out: Annotated[Path, _option("directory of the adapter (PEFT LoRA)")],
+) -> None:
+    """Write the adapter of a run as it stands after its last logged step; the model is not needed."""
+    from .integrations.peft import export_lora
+    from .replay import skeleton
+    from .trainer import restore
+
+    with RunLog.open(run) as log:
+        layers = skeleton(log)
+        restore(layers, log, Recipe(**log.meta["recipe"]), Display())
+        export_lora(layers, out, log.meta.get("job", {}).get("model"))
+        console.print(f"adapter after {log.done} steps written to {out}")
+
+
+@app.command()
+def explain(
+    model: Annotated[str, _option("GGUF file or Hugging Face directory")] = "",
+    rank: Annotated[int, _option("rank of each layer's basis")] = 1,
+    ranks: Annotated[str, _option("ranks of their own: '*.q_proj=4'")] = "",
+    format: Annotated[str, _option("of weights that are dense in the file")] = "int4",
+    group_size: Annotated[int | None, _option("weights per scale, -1 for a row")] = None,
+    rows: Annotated[int, _option("rows (tokens of all row groups) to choose for")] = 512,
+    groups: Annotated[int, _option("row groups")] = 2,
+) -> None:
+    """What runs where and why: for each layer of --model, or (without) for this installation."""
+    from .backend import environment, explain_layers
+    from .integrations.transformers import load_model
+    from .layers import zo_layers
+    from .swap import ZOConfig
+
+    if not model:
+        table = Table(show_header=False)
+        for name, value in environment().items():
+            table.add_row(name, value)
+        console.print(table)
+        return
+    config = ZOConfig(format=format, group_size=group_size, rank=rank, ranks=_ranks(ranks))
+    loaded = load_model(model, config)
+    told = explain_layers(loaded.model, rows, groups, seeds=1)
+    columns = ("layer", "format", "layout", "out x in", "rank", "runs on", "bytes")
+    table = Table(*columns, title=model)
+    refusals: Counter[str] = Counter()
+    total = parameters = 0
+    for name, layer in zo_layers(loaded.model).items():
+        why, size = told[name], layer.packed().nbytes
+        kind = layer.format if layer.group_size == -1 else f"{layer.format} group {layer.group_size}"
+        shape = f"{layer.out_features} x {layer.in_features}"
+        table.add_row(name, kind, layer.layout, shape, str(layer.rank), why.chosen, f"{size:,}")
+        total, parameters = total + size, parameters + layer.rank * layer.out_features
+        refusals.update(f"{who} declines: {reason}" for who, reason in why.refusals.items())
+    console.print(table)
+    console.print(f"{len(told)} layers, {memory.human(total)} packed, {parameters:,} trainable parameters")
+    for reason, count in refusals.items():
+        console.print(f"{reason} ({count} layers)", markup=False)
+    if not refusals:
+        console.print("no implementation declines any layer")
+    for name, reason in loaded.report.skipped.items():
+        console.print(f"{name}: left as it is: {reason}", markup=False)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, _option("run directory")] = Path("runs/demo"),
+    steps: Annotated[int | None, _option("fewer or more steps than the committed recipe")] = None,
+    resume: Annotated[bool, _option("continue an interrupted demo", "--resume")] = False,
+    threads: Annotated[int, _option("CPU threads (0: torch's default)")] = 0,
+) -> None:
+    """SmolLM2-135M (4-bit GGUF) learns question types (TREC) on this CPU, without a backward pass."""
+    from . import finetune as room
+    from .replay import replay as rebuild
+
+    _set_threads(threads)
+    job, recipe = room.demo_job(), room.demo_recipe()
+    if steps is not None:
+        recipe = replace(recipe, steps=steps)
+    with Display() as display:
+        outcome, loaded = room.finetune(job, recipe, out, resume=resume, watch=display)
+        if outcome.result.stopped_by:
+            display.said(f"stopped after {outcome.result.done} steps; continue: zoact demo --resume --out {out}")
+            raise typer.Exit(128 + outcome.result.stopped_by)
+        display.said("measuring a step beside the plain forward")
+        costs = room.compare_costs(outcome.result.optimizer, loaded.batch_at(recipe, 0))
+    with RunLog.open(out) as log:
+        rebuilt = rebuild(log)
+    ratio = costs.step_seconds / costs.forward_seconds
+    times = f"{costs.step_seconds:.3f} s / {costs.forward_seconds:.3f} s = {ratio:.2f}"
+    peaks = f"{memory.human(costs.step_bytes)} / {memory.human(costs.forward_bytes)}"
+    more = (
+        (f"a step / plain forward of its {costs.rows} rows", times),
+        ("peak memory above the weights, the same", peaks),
+        ("C replayed from the log", "identical" if rebuilt.identical else "DIFFERENT"),
+    )
+    _print_outcome(outcome, more)
+    console.print(f"curve: {out / 'curve.png'}   adapter: {out / 'adapter'}")
+    if not (outcome.base_unchanged and rebuilt.identical):
+        raise RunError("the base weights changed or the log does not give C; see the table")
+
+
+# --- entry ------------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0, 2 for what a user can mend, 128 + n when stopped by signal n."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _say_warning
+            app([argument for argument in given if argument != "--debug"])
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        if debug:
+            raise
+        Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, style="red", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        sys.exit(130)
+
+
+def _say_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    console.print(f"warning: {message}", markup=False, style="yellow", soft_wrap=True)

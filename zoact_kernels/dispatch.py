@@ -1,0 +1,159 @@
+"""Which code runs: `choose(problem)`, a pure function of the problem (sizes, dtypes, format, features).
+
+Each implementation either takes a problem or says why not; among those that take it the lowest modelled cost wins.
+`explain` tells all of it, `using` forces one, and a forced implementation that declines raises (design law 2.7).
+"""
+
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+
+from . import reference
+from .cpu_ops import Cpu
+
+
+class Problem(NamedTuple):
+    """Everything dispatch may look at. `features` names the optional parts of a call that an implementation may lack."""
+
+    op: str
+    device: str  # type only: "cpu", "cuda"
+    dtype: torch.dtype  # of x, w or the coefficients
+    M: int = 0
+    N: int = 0
+    K: int = 0
+    format: str = "dense"
+    layout: str = "row"
+    group_size: int = -1
+    code_dtype: torch.dtype = torch.float32
+    scale_dtype: torch.dtype | None = None
+    rank: int = 0
+    base_rank: int = 0
+    groups: int = 1
+    seeds: int = 0
+    noise: str = "none"
+    features: tuple[str, ...] = ()
+
+
+class Implementation(Protocol):
+    """One way to run the ops. Its op functions take the arguments of the schema, checked."""
+
+    name: str
+    batch_invariant: bool  # law 2.4: a row's bits depend on the row and the layer alone
+
+    def refusal(self, problem: Problem) -> str | None: ...
+
+    def cost(self, problem: Problem) -> tuple[float, float]: ...
+
+
+class Reference:
+    """The specification itself, as the implementation of last resort."""
+
+    name = "reference"
+    batch_invariant = False  # its matrix products are the vendor's
+
+    zo_linear = staticmethod(reference.zo_linear)
+    zo_dense_linear = staticmethod(reference.zo_dense_linear)
+    zo_update_ = staticmethod(reference.zo_update_)
+    zo_perturb_ = staticmethod(reference.zo_perturb_)
+    dequantize = staticmethod(reference.dequantize)
+
+    def refusal(self, problem: Problem) -> str | None:
+        return None
+
+    def cost(self, problem: Problem) -> tuple[float, float]:
+        """(flops, bytes): the kernels' work, and D(W) and every Z written and read once more."""
+        p = problem
+        flops = 2.0 * p.M * p.N * p.K + 2.0 * p.M * p.rank * (p.N + p.K) * p.groups
+        return flops, 4.0 * (5 * p.N * p.K + p.M * (p.N + p.K) + 40.0 * p.seeds * p.N * max(p.rank, 1))
+
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (Cpu(), Reference())
+
+# (flop/s, bytes/s) that turn a modelled cost into seconds: one core of the machine in benchmarks/results. Only ratios
+# between implementations on one device matter.
+ROOF = {"cpu": (1.2e11, 1.2e10)}
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("zoact_forced", default=None)
+
+
+@contextlib.contextmanager
+def using(name: str, isa: str | None = None) -> Iterator[None]:
+    """Run every op inside the block by the implementation `name`; `isa` picks a CPU instruction set.
+
+    Raises:
+        ValueError: no such implementation, or this machine has no such instruction set.
+    """
+    names = [i.name for i in IMPLEMENTATIONS]
+    if name not in names:
+        raise ValueError(f"`name` is {name!r}; implementations are {', '.join(names)}")
+    if isa is not None and name != "cpu":
+        raise ValueError(f"`isa` is {isa!r}, but only the implementation 'cpu' has instruction sets")
+    token = _forced.set(name)
+    try:
+        with Cpu.force_isa(isa) if isa else contextlib.nullcontext():
+            yield
+    finally:
+        _forced.reset(token)
+
+
+def _seconds(implementation: Implementation, problem: Problem) -> float:
+    flops, moved = implementation.cost(problem)
+    peak, bandwidth = ROOF.get(problem.device, ROOF["cpu"])
+    return max(flops / peak, moved / bandwidth)
+
+
+@functools.lru_cache(maxsize=8192)
+def choose(problem: Problem, forced: str | None = None, batch_invariant: bool = False) -> Implementation:
+    """The implementation that runs `problem`: the cheapest that does not decline; `forced` allows only one.
+
+    Raises:
+        RuntimeError: `forced` declines, or none is left when `batch_invariant` is asked for.
+    """
+    reasons = {}
+    best: tuple[float, Implementation] | None = None
+    for implementation in IMPLEMENTATIONS:
+        if forced is not None and implementation.name != forced:
+            continue
+        reason = implementation.refusal(problem)
+        if reason is None and batch_invariant and not implementation.batch_invariant:
+            reason = "its rows depend on how many rows there are (batch_invariant is False)"
+        if reason is not None:
+            reasons[implementation.name] = reason
+            continue
+        seconds = _seconds(implementation, problem)
+        if best is None or seconds < best[0]:
+            best = (seconds, implementation)
+    if best is None:
+        said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise RuntimeError(f"no implementation takes {problem.op} {_brief(problem)}: {said}")
+    return best[1]
+
+
+class Explanation(NamedTuple):
+    """Why an op runs where it does: the chosen name, who declined and why, modelled seconds of the others."""
+
+    chosen: str
+    refusals: dict[str, str]
+    seconds: dict[str, float]
+
+
+def explain(problem: Problem) -> Explanation:
+    refusals = {i.name: r for i in IMPLEMENTATIONS if (r := i.refusal(problem)) is not None}
+    seconds = {i.name: _seconds(i, problem) for i in IMPLEMENTATIONS if i.name not in refusals}
+    return Explanation(choose(problem, _forced.get()).name, refusals, seconds)
+
+
+def _brief(p: Problem) -> str:
+    return f"(M={p.M} N={p.N} K={p.K} {p.format} {p.layout} rank={p.rank} groups={p.groups} {p.dtype} on {p.device})"
+
+
+def implementation(problem: Problem):  # no type: its op functions are those of the schema
+    """What runs `problem` here and now, `using` respected."""
+    return choose(problem, _forced.get())

@@ -1,0 +1,376 @@
+"""ZOLinear: a linear layer over a frozen packed weight, with a low-rank term that a seeded perturbation can move.
+
+    y_g = x_g D(W)^T + (x_g A)(C + sum_s sigmas[g, s] Z_s)^T + b
+
+Only C is trained. Outside `perturbed(...)` the sum is absent and the layer is an ordinary linear layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from . import native, ops  # noqa: F401  (ops registers torch.ops.zoact)
+from .formats import FORMATS, PackedWeight
+
+
+class Perturbation:
+    """What every layer of one model reads before it runs: is there a perturbation, with which seeds and sigmas.
+
+    One object per model, shared by its layers; a deep copy of the model gets its own. Tensors are updated in place,
+    so a captured graph replays with new noise.
+    """
+
+    active: bool
+    seeds: Tensor  # int64 [S]
+    sigmas: Tensor  # fp32 [G, S]
+    groups: int
+    noise: str
+    leading: tuple[int, ...]  # sizes that the leading dimension of a layer's x may have; () = any multiple of groups
+
+    def __init__(self) -> None:
+        self.active = False
+        self.seeds = torch.zeros(1, dtype=torch.int64)
+        self.sigmas = torch.zeros(1, 1)
+        self.groups = 1
+        self.noise = "normal"
+        self.leading = ()
+
+    def set(self, seeds: Tensor, sigmas: Tensor, noise: str, leading: tuple[int, ...]) -> None:
+        if seeds.dtype != torch.int64 or seeds.dim() != 1:
+            raise ValueError(f"`seeds` is {seeds.dtype} {tuple(seeds.shape)}; it has to be int64 [S]")
+        if sigmas.dtype != torch.float32 or sigmas.dim() != 2 or sigmas.shape[1] != seeds.shape[0]:
+            raise ValueError(
+                f"`sigmas` is {sigmas.dtype} {tuple(sigmas.shape)}; it has to be float32 [G, S] with S = {len(seeds)}"
+            )
+        if sigmas.device != seeds.device:
+            raise ValueError(f"`sigmas` is on {sigmas.device} and `seeds` on {seeds.device}; they have to be together")
+        if noise not in ops.NOISES:
+            raise ValueError(f"`noise` is {noise!r}; kinds are {', '.join(ops.NOISES)}")
+        if self.seeds.shape == seeds.shape and self.seeds.device == seeds.device:
+            self.seeds.copy_(seeds)
+        else:
+            self.seeds = seeds.clone()
+        if self.sigmas.shape == sigmas.shape and self.sigmas.device == sigmas.device:
+            self.sigmas.copy_(sigmas)
+        else:
+            self.sigmas = sigmas.clone()
+        self.groups, self.noise, self.leading = sigmas.shape[0], noise, leading
+
+
+def best_layout(device: torch.device) -> str:
+    """The layout in which the fastest implementation for `device` wants a weight to be stored."""
+    return "cpu" if device.type == "cpu" and native.module() is not None else "row"
+
+
+class ZOLinear(nn.Module):
+    """Drop-in for `nn.Linear` over a packed weight (int4, int8, nf4, fp4 or dense), frozen.
+
+    Buffers: `weight`, `scale`, `offset`, `nested` (the packed weight, see `formats`), `bias` [N] frozen,
+    `basis` A [K, R] fp32 (None until `set_basis`; may be one tensor for several layers), `param_id` int64 [1],
+    `base_basis` [K, Rb] and `base_coeff` [N, Rb] (a delta already learned, optional). Parameter: `coeff` C [N, R] fp32.
+    The packed tensors, A and C keep their dtypes under `model.to(dtype)`. `state_dict` holds the weight in row layout.
+    """
+
+    coeff: nn.Parameter | None
+    sigma_scale: Tensor | None
+
+    def __init__(
+        self,
+        packed: PackedWeight,
+        bias: Tensor | None = None,
+        *,
+        rank: int = 0,
+        name: str = "",
+        param_id: int = 0,
+        perturbation: Perturbation | None = None,
+    ) -> None:
+        super().__init__()
+        limit = min(packed.in_features, packed.out_features)
+        if not 0 <= rank <= packed.in_features:
+            raise ValueError(f"`rank` is {rank}; layer {name!r} has in_features={packed.in_features}, allowed 0..{limit}")
+        self.in_features, self.out_features = packed.in_features, packed.out_features
+        self.format, self.layout, self.group_size = packed.format, packed.layout, packed.group_size
+        self.rank, self.name = rank, name
+        self.origin = "linear"  # what `unswap` makes of it again: "linear", "conv1d" or "linear4bit"
+        self.dense_dtype = torch.float32  # of the weight that `unswap` restores
+        self.perturbation = perturbation or Perturbation()
+        device = packed.weight.device
+        self.register_buffer("weight", packed.weight)
+        self.register_buffer("scale", packed.scale)
+        self.register_buffer("offset", packed.offset)
+        self.register_buffer("nested", packed.nested)
+        self.register_buffer("bias", None if bias is None else bias.detach().contiguous())
+        self.register_buffer("basis", None)
+        self.register_buffer("base_basis", None)
+        self.register_buffer("base_coeff", None)
+        self.register_buffer("sigma_scale", None)  # fp32 [1]: this layer's factor on sigmas, where a method has one
+        self.register_buffer("param_id", torch.tensor([param_id], dtype=torch.int64, device=device))
+        self.coeff = (
+            nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=device)) if rank else None
+        )
+
+    @classmethod
+    def from_packed(
+        cls,
+        packed: PackedWeight,
+        bias: Tensor | None = None,
+        *,
+        rank: int = 0,
+        name: str = "",
+        param_id: int | None = None,
+        perturbation: Perturbation | None = None,
+        layout: str | None = None,
+    ) -> ZOLinear:
+        """A layer over `packed`, moved to the layout that its device's kernels want (or to `layout`).
+
+        Raises:
+            ValueError: rank larger than in_features; tensors that do not fit the format.
+        """
+        from .rng import param_id as id_of
+
+        target = layout or (best_layout(packed.weight.device) if packed.weight.dim() == 2 else packed.layout)
+        return cls(
+            packed if packed.layout == target else packed.to_layout(target),
+            bias,
+            rank=rank,
+            name=name,
+            param_id=id_of(f"{name}.weight") if param_id is None else param_id,
+            perturbation=perturbation,
+        )
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        format: str = "int4",
+        group_size: int | None = None,
+        rank: int = 0,
+        name: str = "",
+        method: str = "mse",
+    ) -> ZOLinear:
+        """Quantise an `nn.Linear` (weight [N, K], fp32, bf16 or fp16) and wrap it."""
+        from .formats import quantize
+
+        packed = quantize(linear.weight.detach(), format, group_size, method=method)
+        layer = cls.from_packed(packed, linear.bias, rank=rank, name=name)
+        layer.dense_dtype = linear.weight.dtype
+        return layer
+
+    def forward(self, x: Tensor, row_group: int | None = None) -> Tensor:
+        """x [..., K] -> [..., N]; under a perturbation group g owns the g-th part of the leading dimension.
+
+        `row_group` says instead that all rows of x belong to that one group (models that regroup rows).
+        """
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"`x` has shape {tuple(x.shape)}; layer {self.name!r} has in_features={self.in_features}")
+        seeds = sigmas = None
+        groups = 1
+        p = self.perturbation
+        if p.active and self.coeff is not None:
+            seeds, sigmas = p.seeds, p.sigmas
+            if row_group is None:
+                groups = p.groups
+                if x.shape[0] % groups or (p.leading and x.shape[0] not in p.leading):
+                    self._regrouped(x)
+            else:
+                sigmas = sigmas[row_group : row_group + 1]
+            if self.sigma_scale is not None:
+                sigmas = sigmas * self.sigma_scale
+            if self.basis is None:
+                raise RuntimeError(f"layer {self.name!r} has no basis yet; call compute_basis or set_basis first")
+        side = self.coeff is not None and self.basis is not None
+        return torch.ops.zoact.zo_linear(
+            x,
+            self.weight,
+            self.scale,
+            self.offset,
+            self.nested,
+            self.bias,
+            self.base_basis,
+            self.base_coeff,
+            self.basis if side else None,
+            self.coeff if side else None,
+            None,
+            None,
+            seeds,
+            sigmas,
+            self.param_id if seeds is not None else None,
+            self.format,
+            self.layout,
+            self.group_size,
+            self.out_features,
+            p.noise,
+            groups,
+        )
+
+    def _regrouped(self, x: Tensor) -> None:
+        p = self.perturbation
+        allowed = " or ".join(map(str, p.leading)) if p.leading else f"a multiple of {p.groups}"
+        raise ValueError(
+            f"layer {self.name!r} got x of shape {tuple(x.shape)}, but with {p.groups} row groups its leading size has "
+            f"to be {allowed}: the model regroups rows here; leave the layer out of the swap or pass row_group"
+        )
+
+    def packed(self) -> PackedWeight:
+        """The stored weight, sharing this layer's tensors."""
+        return PackedWeight(
+            format=self.format,
+            layout=self.layout,
+            group_size=self.group_size,
+            out_features=self.out_features,
+            in_features=self.in_features,
+            weight=self.weight,
+            scale=self.scale,
+            offset=self.offset,
+            nested=self.nested,
+        )
+
+    def set_basis(self, basis: Tensor, coeff: Tensor | None = None) -> None:
+        """Take A [K, R] fp32 (shared if several layers get one tensor), the rank with it; C becomes `coeff` or zero.
+
+        Raises:
+            ValueError: wrong shape or dtype, or a rank larger than in_features.
+        """
+        if basis.dim() != 2 or basis.shape[0] != self.in_features or not 1 <= basis.shape[1] <= self.in_features:
+            raise ValueError(
+                f"`basis` has shape {tuple(basis.shape)}; layer {self.name!r} needs ({self.in_features}, R) "
+                f"with R in 1..{self.in_features}"
+            )
+        if basis.dtype != torch.float32:
+            raise ValueError(f"`basis` is {basis.dtype}; it has to be torch.float32")
+        self.rank = basis.shape[1]
+        shape = (self.out_features, self.rank)
+        if coeff is None:
+            coeff = torch.zeros(shape, device=basis.device)
+        if tuple(coeff.shape) != shape or coeff.dtype != torch.float32:
+            raise ValueError(f"`coeff` is {coeff.dtype} {tuple(coeff.shape)}; it has to be torch.float32 {shape}")
+        self.basis = basis
+        self.coeff = nn.Parameter(coeff.detach().clone())
+
+    def delta(self) -> Tensor:
+        """What has been learned, C A^T plus the base delta, as fp32 [N, K]."""
+        out = torch.zeros(self.out_features, self.in_features, device=self.weight.device)
+        if self.basis is not None and self.coeff is not None:
+            out += self.coeff.detach() @ self.basis.T
+        if self.base_basis is not None:
+            out += self.base_coeff @ self.base_basis.T
+        return out
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """D(W) [N, K], without what has been learned."""
+        return torch.ops.zoact.dequantize(
+            self.weight, self.scale, self.offset, self.nested, self.format, self.layout, self.group_size,
+            self.out_features, self.in_features, dtype,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"format={self.format}, group_size={self.group_size}, layout={self.layout}, rank={self.rank}"
+        )
+
+    # Storage ---------------------------------------------------------------------------------------------------------
+
+    def _apply(self, fn, recurse=True):
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def _anatomy(self) -> Tensor:
+        return torch.tensor(
+            [list(FORMATS).index(self.format), self.group_size, self.out_features, self.in_features],
+            dtype=torch.int64,
+        )
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        row = self.packed().to_layout("row")
+        for key, tensor in (("weight", row.weight), ("scale", row.scale), ("offset", row.offset)):
+            if tensor is not None:
+                whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+                destination[prefix + key] = tensor if whole else tensor.clone()
+        destination[prefix + "anatomy"] = self._anatomy()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
+        given = state_dict.pop(prefix + "anatomy", None)
+        if given is not None and not torch.equal(given.cpu(), self._anatomy()):
+            errors.append(
+                f"layer {self.name or prefix!r} is {self.format} (format, group_size, out_features, in_features = "
+                f"{self._anatomy().tolist()}); the file holds {given.tolist()}"
+            )
+            return
+        keys = {key: state_dict.get(prefix + key) for key in ("weight", "scale", "offset", "nested")}
+        if self.layout != "row" and keys["weight"] is not None:
+            row = PackedWeight(
+                format=self.format, layout="row", group_size=self.group_size, out_features=self.out_features,
+                in_features=self.in_features, **keys,
+            )  # fmt: skip
+            stored = row.to_layout(self.layout)
+            for key, tensor in (("weight", stored.weight), ("scale", stored.scale), ("offset", stored.offset)):
+                if tensor is not None:
+                    state_dict[prefix + key] = tensor
+        basis, coeff = state_dict.get(prefix + "basis"), state_dict.get(prefix + "coeff")
+        if basis is not None and (self.basis is None or self.basis.shape != basis.shape):
+            self.set_basis(torch.empty_like(basis, device=self.weight.device), None)
+        for key in ("base_basis", "base_coeff"):
+            tensor = state_dict.get(prefix + key)
+            if tensor is not None and (getattr(self, key) is None or getattr(self, key).shape != tensor.shape):
+                setattr(self, key, torch.empty_like(tensor, device=self.weight.device))
+        del basis, coeff
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
+        )
+
+
+def zo_layers(model: nn.Module) -> dict[str, ZOLinear]:
+    """The ZOLinear layers of `model` by qualified name, in module order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ZOLinear)}
+
+
+def perturbation_of(model: nn.Module) -> Perturbation:
+    """The one Perturbation that the layers of `model` share.
+
+    Raises:
+        ValueError: the model has no ZOLinear, or its layers come from different models.
+    """
+    found = {id(layer.perturbation): layer.perturbation for layer in zo_layers(model).values()}
+    if len(found) != 1:
+        what = "no ZOLinear layer: swap it first" if not found else "layers of several swapped models"
+        raise ValueError(f"`model` has {what}")
+    return next(iter(found.values()))
+
+
+@contextlib.contextmanager
+def perturbed(
+    model: nn.Module, seeds: Tensor, sigmas: Tensor, noise: str = "normal", leading: tuple[int, ...] = ()
+) -> Iterator[Perturbation]:
+    """Inside the block every forward sees G row groups: group g runs with C + sum over s of sigmas[g, s] Z(seeds[s]).
+
+    seeds int64 [S], sigmas fp32 [G, S], both on the model's device; the batch has G equal parts along its leading
+    dimension. `leading` lists the leading sizes a layer may meet (G * B, and G * B * T where a model flattens tokens);
+    anything else raises with the layer's name, since rows and groups must never mix.
+
+    Raises:
+        ValueError: bad seeds or sigmas, or on another device than the model.
+        RuntimeError: the model is perturbed already.
+    """
+    handle = perturbation_of(model)
+    if handle.active:
+        raise RuntimeError("`model` is perturbed already; `perturbed` blocks do not nest")
+    device = next(iter(zo_layers(model).values())).weight.device
+    for name, tensor in (("seeds", seeds), ("sigmas", sigmas)):
+        if tensor.device != device:
+            raise ValueError(f"`{name}` is on {tensor.device}; the model is on {device}: move it there")
+    handle.set(seeds, sigmas, noise, tuple(leading))
+    handle.active = True
+    try:
+        yield handle
+    finally:
+        handle.active = False

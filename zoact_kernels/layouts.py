@@ -1,0 +1,78 @@
+"""Where the codes of a weight lie: nibbles in bytes, bytes in dwords, and the blocks of layout `cpu` (csrc/formats.h).
+
+Layout `cpu` stores any tensor [N, C] as blocks of 64 columns, the last one of what remains rounded up to 16: block
+after block [C, width], so that one load takes the same row of 16 neighbouring columns (outputs of the layer). Lanes are
+outputs then, a product needs no horizontal sums, and every ISA reads the same bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+VECTOR = 16  # columns of a vector: csrc/formats.h VECTOR
+BLOCK = 64  # columns of a block
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def padded_columns(N: int) -> int:
+    """Columns that layout `cpu` stores: whole vectors."""
+    return ceil_div(N, VECTOR) * VECTOR
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """uint8 [rows, bytes] -> uint8 codes [rows, 2 * bytes], low nibble first."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+
+
+def pack_nibbles(codes: Tensor, padding: int) -> Tensor:
+    """uint8 codes [rows, K] -> uint8 [rows, ceil(K / 2)], low nibble first; an odd K ends in the code `padding`."""
+    if codes.shape[-1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1), value=padding)
+    return codes[..., ::2] | codes[..., 1::2] << 4
+
+
+def dwords(packed: Tensor, K: int, padding: int) -> Tensor:
+    """uint8 [N, ceil(K / 2)] -> int32 [N, ceil(K / 8)]: lowest nibble = lowest k, K filled up to 8 with `padding`.
+
+    The unused nibble of an odd K is set to `padding` whatever it held. Little-endian hosts only.
+    """
+    if K % 8:
+        filled = packed.new_full((packed.shape[0], ceil_div(K, 8) * 4), padding * 0x11)
+        filled[:, : packed.shape[1]] = packed
+        if K % 2:
+            filled[:, K // 2] = packed[:, -1] & 15 | padding << 4
+        packed = filled
+    flat = packed.reshape(-1)
+    if flat.storage_offset() % 4:
+        flat = flat.clone()
+    return flat.view(torch.int32).view(packed.shape[0], ceil_div(K, 8))
+
+
+def to_blocks(stored: Tensor, C: int, padding: int = 0) -> Tensor:
+    """[N, <= C] -> 1-D blocks of [C, width] where missing rows and columns hold `padding`."""
+    N, filled = stored.shape
+    out = stored.new_full((padded_columns(N) * C,), padding)
+    whole = N // BLOCK
+    head = out[: whole * BLOCK * C].view(whole, C, BLOCK)
+    head[:, :filled] = stored[: whole * BLOCK].view(whole, BLOCK, filled).transpose(1, 2)
+    if N % BLOCK:
+        out[whole * BLOCK * C :].view(C, -1)[:filled, : N % BLOCK] = stored[whole * BLOCK :].T
+    return out
+
+
+def from_blocks(blocks: Tensor, N: int, C: int, first: int, stop: int) -> Tensor:
+    """Rows first..stop - 1 of the [N, C] that `to_blocks` stored, contiguous; reads the blocks of these rows only."""
+    if first >= stop:
+        return blocks.new_empty((0, C))
+    whole = padded_columns(N) // BLOCK
+    start, end = first // BLOCK, min(ceil_div(stop, BLOCK), whole)
+    parts = [blocks[start * BLOCK * C : end * BLOCK * C].view(-1, C, BLOCK).transpose(1, 2).reshape(-1, C)]
+    if stop > whole * BLOCK:
+        parts.append(blocks[whole * BLOCK * C :].view(C, -1).T)
+    rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+    # not .contiguous(): for C = 1 that keeps any stride, and the bytes of a dword could not be viewed
+    return rows[first - start * BLOCK : stop - start * BLOCK].reshape(-1).view(-1, C)

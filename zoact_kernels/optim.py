@@ -1,0 +1,197 @@
+"""Update rules over regenerated noise: the host side of `zo_update_`, one launch for all layers of a model.
+
+    g = sum_s weights[s] Z(seeds[s])        per layer, made in registers; lr, t and the rest are one small tensor
+
+    sgd        g += wd C;  C <- C - lr g
+    sign       sgd fed sign(weights)/S: the sign of the scalars
+    momentum   g += wd C;  m <- beta1 m + g;  C <- C - lr m
+    adam       g += wd C;  m <- beta1 m + (1-beta1) g;  v <- beta2 v + (1-beta2) g^2;
+               C <- C - lr (m / (1-beta1^t)) / (sqrt(v / (1-beta2^t)) + eps)
+    adamw      C <- C - lr wd C first, then adam without wd
+
+The formulas are torch.optim's and so are the results, within float32 (test_optim_equals_torch). t counts applied
+updates: a skipped step changes nothing, t included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from . import ops  # noqa: F401  (defines torch.ops.zoact)
+from .estimators import SCALINGS
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+class SGD:
+    """C <- C - lr (g + wd C). The base of the others: they add moments.
+
+    coeffs: {name: C [N, R]}, float32, contiguous, all on one device; they are updated in place.
+    param_ids: int64 [L], in the order of `coeffs`: the noise of each layer.
+    """
+
+    rule = "sgd"
+    moments = 0  # tensors of C's shape kept per layer
+
+    def __init__(
+        self,
+        coeffs: Mapping[str, Tensor],
+        param_ids: Tensor,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        noise: str = "normal",
+    ) -> None:
+        _check(coeffs, param_ids, betas, eps, weight_decay)
+        self.coeffs = dict(coeffs)
+        self.betas, self.eps, self.weight_decay, self.noise = betas, eps, weight_decay, noise
+        device = param_ids.device
+        self.param_ids = param_ids
+        self.t = 0
+        self.hyper = torch.zeros(7, dtype=torch.float32, device=device)
+        self.skip = torch.zeros(1, dtype=torch.bool, device=device)
+        self.exp_avgs, self.exp_avg_sqs = (
+            {name: torch.zeros_like(c, requires_grad=False) for name, c in self.coeffs.items()} if held else {}
+            for held in (self.moments > 0, self.moments > 1)
+        )
+
+    def weights(self, weights: Tensor) -> Tensor:
+        """What the rule makes of the estimator's weights [S] or [L, S]."""
+        return weights
+
+    @torch.no_grad()
+    def update(self, seeds: Tensor, weights: Tensor, *, lr: float, skipped: bool = False) -> None:
+        """One step along g = sum weights Z. seeds int64 [S], weights float32 [S] or [L, S], on the device of C.
+
+        skipped: C, moments and t stay as they are, bit for bit, whatever the weights hold.
+        """
+        t = self.t + 1
+        beta1, beta2 = self.betas
+        hyper = (lr, beta1, beta2, self.eps, self.weight_decay, 1 - beta1**t, 1 - beta2**t)
+        self.hyper.copy_(torch.tensor(hyper, dtype=torch.float64))
+        self.skip.fill_(skipped)
+        torch.ops.zoact.zo_update_(
+            list(self.coeffs.values()),
+            list(self.exp_avgs.values()),
+            list(self.exp_avg_sqs.values()),
+            self.param_ids,
+            seeds,
+            self.weights(weights),
+            self.hyper,
+            self.skip,
+            self.rule,
+            self.noise,
+        )
+        self.t += not skipped
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of t and the moments, tensors only: "t" int64 [], "exp_avg/<name>", "exp_avg_sq/<name>"."""
+        state = {"t": torch.tensor(self.t)}
+        for kind, tensors in self._moments():
+            state |= {f"{kind}/{name}": m.detach().clone() for name, m in tensors.items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over a `state_dict` of the same rule over equally named and shaped layers, in place.
+
+        Raises ValueError for missing or surplus entries or another shape, before anything is changed.
+        """
+        wanted = {f"{kind}/{name}": m for kind, tensors in self._moments() for name, m in tensors.items()}
+        check_entries(state, {"t": torch.tensor(0), **wanted}, f"state of {self.rule}")
+        for key, moment in wanted.items():
+            moment.copy_(state[key])
+        self.t = int(state["t"])
+
+    def _moments(self) -> tuple[tuple[str, dict[str, Tensor]], ...]:
+        return (("exp_avg", self.exp_avgs), ("exp_avg_sq", self.exp_avg_sqs))
+
+
+class Sign(SGD):
+    """SGD along the signs of the scalars: every query counts the same, and the step has no scale but lr."""
+
+    def weights(self, weights: Tensor) -> Tensor:
+        return SCALINGS["sign"](weights, math.inf) / weights.shape[-1]
+
+
+class Momentum(SGD):
+    """Heavy ball, beta1 = betas[0], no dampening."""
+
+    rule = "momentum"
+    moments = 1
+
+
+class Adam(Momentum):
+    """Adam on C; weight decay, if any, is L2 through the moments."""
+
+    rule = "adam"
+    moments = 2
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay."""
+
+    rule = "adamw"
+
+
+RULES: dict[str, type[SGD]] = {"sgd": SGD, "sign": Sign, "momentum": Momentum, "adam": Adam, "adamw": AdamW}
+
+
+def learning_rate(
+    step: int, *, lr: float, schedule: str = "constant", steps: int | None = None, warmup: int = 0
+) -> float:
+    """Learning rate of step `step` (from 0), a pure function.
+
+    The first `warmup` steps rise linearly, (step + 1) / warmup of lr. Then "constant" stays, "linear" and "cosine" fall
+    from lr to 0 at `steps` (which they need), and stay 0 after it.
+    """
+    check_schedule(schedule, steps, warmup)
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    if schedule == "constant" or steps is None:
+        return lr
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return lr * (1.0 - done) if schedule == "linear" else lr * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def check_schedule(schedule: str, steps: int | None, warmup: int) -> None:
+    """Raises ValueError for an unknown schedule, a decaying one without `steps`, or a warmup outside 0 to steps."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {schedule!r}; it may be {', '.join(SCHEDULES)}")
+    if schedule != "constant" and (steps is None or steps < 1):
+        raise ValueError(f"steps is {steps}; schedule {schedule!r} decays over a known number of steps, at least 1")
+    if warmup < 0 or (steps is not None and warmup > steps):
+        raise ValueError(f"warmup is {warmup}; it may be 0 to {steps if steps is not None else 'any number of'} steps")
+
+
+def check_entries(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
+    """Raises ValueError unless `state` has exactly the keys and shapes of `wanted`; names the first offender."""
+    for key, tensor in wanted.items():
+        if key not in state:
+            raise ValueError(f"{what} has no {key!r}: it belongs to another model or rule")
+        if state[key].shape != tensor.shape:
+            raise ValueError(f"{what}: {key!r} is {tuple(state[key].shape)}; here it is {tuple(tensor.shape)}")
+    surplus = next((key for key in state if key not in wanted), None)
+    if surplus is not None:
+        raise ValueError(f"{what} has {surplus!r}, unknown here: it belongs to another model or rule")
+
+
+def _check(
+    coeffs: Mapping[str, Tensor], param_ids: Tensor, betas: tuple[float, float], eps: float, weight_decay: float
+) -> None:
+    if param_ids.dtype != torch.int64 or param_ids.shape != (len(coeffs),):
+        raise ValueError(f"param_ids are {param_ids.dtype} {tuple(param_ids.shape)}; needed are int64 ({len(coeffs)},)")
+    for name, c in coeffs.items():
+        if c.dtype != torch.float32 or not c.is_contiguous() or c.device != param_ids.device:
+            raise ValueError(
+                f"coeff of {name} is {c.dtype} on {c.device}{'' if c.is_contiguous() else ', not contiguous'}; "
+                f"a rule updates contiguous float32 on one device ({param_ids.device}): 16 bits lose small updates"
+            )
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas are {betas}; each lies in [0, 1)")
+    if eps < 0 or weight_decay < 0:
+        raise ValueError(f"eps is {eps} and weight_decay {weight_decay}; neither may be negative")

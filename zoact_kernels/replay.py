@@ -1,0 +1,67 @@
+"""A run without its model: the trained layers alone, and C rebuilt from the log's seeds and weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .formats import PackedWeight
+from .layers import Perturbation, ZOLinear
+from .runlog import RunError, RunLog
+from .trainer import Recipe, coeff_hash, load_state
+
+
+def skeleton(log: RunLog) -> nn.Module:
+    """The trained layers of a run without their weights: enough for `replay` and `export_lora`; no forward."""
+    root, perturbation = nn.Module(), Perturbation()
+    if log.meta["causal_lm"]:
+        root.lm_head = nn.Module()  # what tells a causal language model to those who look
+    for entry in log.meta["layers"]:
+        N, K = entry["out_features"], entry["in_features"]
+        packed = PackedWeight("dense", "row", -1, N, K, torch.zeros(1).expand(N, K))  # [N, K] in 4 bytes
+        layer = ZOLinear(
+            packed, rank=entry["rank"], name=entry["name"], param_id=entry["param_id"], perturbation=perturbation
+        )
+        layer.origin = entry["origin"]
+        *path, last = entry["name"].split(".")
+        parent = root
+        for part in path:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(last, layer)
+    return root
+
+
+@dataclass(frozen=True)
+class Replay:
+    """C rebuilt from the log. checked: after so many steps, was C what the snapshot holds? model: a `skeleton`."""
+
+    steps: int
+    coeff_hash: str
+    checked: tuple[tuple[int, bool], ...]
+    model: nn.Module
+
+    @property
+    def identical(self) -> bool:
+        return all(same for _, same in self.checked)
+
+
+def replay(log: RunLog) -> Replay:
+    """Rebuild C from the first snapshot and the logged steps, compared with every other snapshot on the way.
+
+    Raises RunError: the first snapshot is not there or can't be read.
+    """
+    snapshots = {row.step: row for row in log.snapshots()}
+    if 0 not in snapshots:
+        raise RunError(f"{log.directory} has no snapshot of its beginning, so there is nothing to replay from")
+    model = skeleton(log)
+    optimizer = load_state(model, log, Recipe(**log.meta["recipe"]), log.load(snapshots[0]))
+    checked = [(0, coeff_hash(optimizer) == snapshots[0].coeff_hash)]
+    for row in log.steps():
+        optimizer.replay([row])
+        if (met := snapshots.get(row.step + 1)) is not None:
+            checked.append((met.step, coeff_hash(optimizer) == met.coeff_hash))
+    return Replay(optimizer.iteration, coeff_hash(optimizer), tuple(checked), model)

@@ -1,0 +1,437 @@
+"""The loop of a run: steps, evaluations, log, snapshots; resume after any kind of end; replay without the model.
+
+    model (swapped) + recipe + batch_at(step)  ->  train(...)  ->  RUN_DIR with run.sqlite, snapshots/, metrics.csv
+
+A run is a pure function of the base weights, the recipe and `batch_at`, on one back end with one thread count. All of
+these are recorded, one implementation is pinned for all layers, and a resumed run refuses another model or recipe and
+warns where the back end is another. Between two forwards there is nothing but a few scalars and one durable row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import estimators, memory
+from .backend import pin
+from .basis import compute_basis
+from .dispatch import using
+from .layers import ZOLinear, zo_layers
+from .losses import Batch, evaluate, group_losses
+from .methods import StepResult, ZOAct
+from .plots import Metrics
+from .runlog import EvalRow, RunError, RunLog, StepRow, hash_tensors, update_hash
+
+FREE = ("eval_every", "snapshot_every")  # of a recipe: may change at resume, since no bit of C depends on them
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained and how. Defaults are the method's (ZO-Act, rank-1 basis, Adam on C).
+
+    batch_size examples a step, run `micro_batch` at a time (0: all at once). The basis comes from the batches of the
+    first `basis_batches` steps. eval_every, snapshot_every: in steps; 0 means only before and after.
+    The others are arguments of `ZOAct` and `compute_basis`.
+    """
+
+    steps: int = 200
+    batch_size: int = 16
+    micro_batch: int = 0
+    sigma: float = 1e-3
+    queries: int = 1
+    sides: str = "two-sided"
+    scaling: str = "plain"
+    clip: float = estimators.CLIP
+    mode: str = "stacked"
+    optimizer: str = "adam"
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup: int = 0
+    seed: int = 0
+    noise: str = "normal"
+    floor_every: int = 100
+    basis_batches: int = 4
+    basis_method: str = "gram"
+    basis_without_first: bool = False
+    eval_every: int = 0
+    snapshot_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 0), ("batch_size", 1), ("micro_batch", 0), ("basis_batches", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it has to be at least {least}")
+        for name in FREE:
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it has to be 0 (never) or a number of steps")
+
+    def create(self, model: nn.Module) -> ZOAct:
+        """The optimizer of this recipe. Raises ValueError for values out of range."""
+        return ZOAct(
+            model,
+            betas=(self.beta1, self.beta2),
+            **{
+                name: getattr(self, name)
+                for name in "sigma queries sides scaling clip mode optimizer lr eps weight_decay schedule steps warmup "
+                "seed noise floor_every".split()
+            },
+        )
+
+
+class Watch:
+    """What a run tells while it goes on. These say nothing; a display overrides them."""
+
+    def started(self, done: int, steps: int) -> None: ...
+
+    def stepped(self, row: StepRow, result: StepResult) -> None: ...
+
+    def evaluating(self, step: int) -> None: ...
+
+    def evaluated(self, row: EvalRow) -> None: ...
+
+    def said(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: steps done, the signal that stopped it (0: none), peak bytes above the loaded model's."""
+
+    done: int
+    stopped_by: int
+    peak_bytes: int | None
+    optimizer: ZOAct
+
+
+def train(
+    model: nn.Module,
+    recipe: Recipe,
+    directory: Path,
+    *,
+    batch_at: Callable[[int], Batch],
+    held_out: Callable[[], Iterable[Batch]] | None = None,
+    identity: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    watch: Watch | None = None,
+) -> Result:
+    """Run `recipe` on a swapped `model`, or continue the run in `directory`; everything is saved when this returns.
+
+    batch_at(step): the batch of a step, a pure function. held_out(): batches to evaluate on, before, during and after.
+    identity: JSON values that a resumed run has to repeat (the data's hash, say), beside the recipe and the base.
+    notes: JSON values for the log of a new run that nothing is compared with.
+    SIGINT and SIGTERM end the run after the step at hand; a second one ends it at once.
+
+    Raises:
+        RunError: the directory holds a run (without `resume`), none (with it), or one of another model or recipe; it is
+            in use by another process; the disk is full. Nothing is written unless all arguments are good.
+        ValueError: arguments out of range.
+    """
+    watch = watch or Watch()
+    if not resume and RunLog.exists(directory):
+        raise RunError(f"{directory} holds a run already; continue it with --resume, or choose another --out")
+    claims = {"recipe": asdict(recipe), "base_hash": base_hash(model), **(identity or {})}
+    groups = estimators.group_count(recipe.sides, recipe.queries)
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(RunLog.open(directory, write=True)) if resume else None
+        before = log.meta["backend"] if log else None
+        if log:
+            _check_claims(log, claims)
+        if before:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(before["threads"])
+        rows = 16 * groups * recipe.batch_size  # as if sequences had 16 tokens; enough to choose by
+        backend = pin(model, rows, groups, recipe.queries, before)
+        for key, was in (before or {}).items():
+            if backend[key] != was:
+                watch.said(f"not bit-exact: {key} was {was} when the run began and is {backend[key]} now")
+        stack.enter_context(using(backend["implementation"], backend["isa"]))
+        if log:
+            optimizer = restore(model, log, recipe, watch)
+        else:
+            optimizer, meta = _begin(model, recipe, batch_at, watch)
+            _check_room(directory, optimizer, recipe)
+            first = (optimizer.state_dict(), coeff_hash(optimizer))
+            log = stack.enter_context(
+                RunLog.create(directory, {**claims, **(notes or {}), **meta, "backend": backend}, *first)
+            )
+        return _Run(model, recipe, log, optimizer, batch_at, held_out, watch).go()
+
+
+class _Run:
+    """The loop itself, once the state stands."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        log: RunLog,
+        optimizer: ZOAct,
+        batch_at: Callable[[int], Batch],
+        held_out: Callable[[], Iterable[Batch]] | None,
+        watch: Watch,
+    ) -> None:
+        self.model, self.recipe, self.log, self.optimizer = model, recipe, log, optimizer
+        self.batch_at, self.held_out, self.watch = batch_at, held_out, watch
+        self.stopped_by = 0
+
+    def go(self) -> Result:
+        memory.trim()
+        start = memory.resident() if memory.reset_highest() else None
+        log, recipe = self.log, self.recipe
+        with stop_signals(self._stop), contextlib.closing(Metrics(log)) as metrics:
+            self.watch.started(log.done, recipe.steps)
+            self._evaluate(metrics)
+            while log.done < recipe.steps and not self.stopped_by:
+                row, result = self._step()
+                log.add_step(row)
+                metrics.step(row)
+                self.watch.stepped(row, result)
+                if result.skipped:
+                    self.watch.said(f"step {row.step} skipped, nothing changed: {result.reason}")
+                if recipe.snapshot_every and log.done % recipe.snapshot_every == 0:
+                    _snapshot(log, self.optimizer)
+                self._evaluate(metrics)
+            _snapshot(log, self.optimizer)
+        end = memory.highest()
+        peak = end - start if start is not None and end is not None else None
+        return Result(log.done, self.stopped_by, peak, self.optimizer)
+
+    def _step(self) -> tuple[StepRow, StepResult]:
+        start = time.perf_counter()
+        optimizer, batch = self.optimizer, self.batch_at(self.log.done)
+        parts = batch.split(self.recipe.micro_batch) if self.recipe.micro_batch else [batch]
+        evaluations = [functools.partial(group_losses, self.model, part) for part in parts]
+        sizes = {part.sequences for part in parts}
+        rows = tuple(sorted(sizes | {size * batch.input_ids.shape[1] for size in sizes}))
+        result = optimizer.step_on(evaluations, rows)
+        seconds = time.perf_counter() - start
+        tokens = batch.tokens * optimizer.groups
+        row = StepRow(
+            result.step, result.seeds, result.losses, result.weights, result.lr, result.skipped, result.signal,
+            result.floor, tokens, seconds,
+        )  # fmt: skip
+        return row, result
+
+    def _evaluate(self, metrics: Metrics) -> None:
+        """Evaluate if it is due here and not in the log yet; given up, unrecorded, when the run is being stopped."""
+        done, every = self.log.done, self.recipe.eval_every
+        due = done in (0, self.recipe.steps) or (every and done % every == 0)
+        if self.held_out is None or not due or any(row.step == done for row in self.log.evals("eval")):
+            return
+        self.watch.evaluating(done)
+        start = time.perf_counter()
+        try:
+            seen = evaluate(self.model, self._until_stopped(self.held_out()))
+        except _Stopped:
+            return
+        correct = torch.zeros(0) if seen.correct is None else seen.correct
+        row = EvalRow(done, "eval", seen.losses.numpy(), correct.bool().numpy(), time.perf_counter() - start)
+        self.log.add_eval(row)
+        metrics.eval(row)
+        self.watch.evaluated(row)
+
+    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            if self.stopped_by:
+                raise _Stopped
+            yield batch
+
+    def _stop(self, signum: int) -> None:
+        self.stopped_by = signum
+        self.watch.said("stopping after this step; once more stops at once")
+
+
+class _Stopped(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def stop_signals(stop: Callable[[int], None]) -> Iterator[None]:
+    """Inside the block the first SIGINT or SIGTERM calls stop(signum); the next one has its usual effect."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, frame: Any) -> None:
+        restore()
+        stop(number)
+
+    for number in usual:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        restore()
+
+
+# --- the base and the state -------------------------------------------------------------------------------------------
+
+
+def base_hash(model: nn.Module) -> str:
+    """sha256 of all that training must not change, packed weights in row layout, one layer alive at a time.
+
+    Learned tensors (A, C) and values that are computed rather than stored (rotary tables) are left out.
+    """
+    digest = hashlib.sha256()
+    layers = zo_layers(model)
+    for name, layer in layers.items():
+        digest.update(f"{name}|{layer.format}|{layer.group_size}|{layer.out_features}|{layer.in_features}|".encode())
+        packed = layer.packed().to_layout("row")
+        for key, tensor in {**packed.tensors, "bias": layer.bias}.items():
+            if tensor is not None:
+                update_hash(digest, f"{name}.{key}", tensor)
+    for prefix, module in model.named_modules():
+        if isinstance(module, ZOLinear):
+            continue
+        stored = dict(module.named_parameters(recurse=False))
+        stored |= {k: b for k, b in module.named_buffers(recurse=False) if k not in module._non_persistent_buffers_set}
+        for key, tensor in stored.items():
+            update_hash(digest, f"{prefix}.{key}", tensor)
+    return digest.hexdigest()
+
+
+def coeff_hash(optimizer: ZOAct) -> str:
+    """sha256 of C of all trained layers."""
+    return hash_tensors(optimizer.rule.coeffs)
+
+
+def _check_claims(log: RunLog, claims: Mapping[str, Any]) -> None:
+    """Raises RunError naming all that differs between a run and what wants to continue it."""
+    before, now = dict(log.meta), dict(claims)
+    old, new = before.pop("recipe"), now.pop("recipe")
+    free = FREE + (("steps",) if new["schedule"] == "constant" else ())  # other schedules depend on the end
+    pairs = [(f"`{name}`", old.get(name), new[name]) for name in new if name not in free]
+    names = {"base_hash": "the hash of the base weights", "train": "the hash of the training data"}
+    pairs += [(names.get(name, f"`{name}`"), before.get(name), value) for name, value in now.items()]
+    found = [f"{name} was {_short(was)} and is {_short(is_)}" for name, was, is_ in pairs if was != is_]
+    if found:
+        told = "; ".join(found)
+        raise RunError(f"{log.directory} holds another run: {told}; use its model and options, or another --out")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:12] + "..."
+
+
+def _check_room(directory: Path, optimizer: ZOAct, recipe: Recipe) -> None:
+    """Raises RunError if the disk can't hold the snapshots (first, two newest, one in the making), log and adapter."""
+    state = sum(t.numel() * t.element_size() for t in optimizer.state_dict().values())
+    row = 8 * (recipe.batch_size * optimizer.groups + 2 * recipe.queries) + 200
+    needed = 5 * state + 2 * recipe.steps * row + (1 << 20)
+    place = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        room = f"{memory.human(free)} free, and this run needs {memory.human(needed)}"
+        raise RunError(f"the disk of {directory} is full: {room}; free some space or choose another --out")
+
+
+def _begin(
+    model: nn.Module, recipe: Recipe, batch_at: Callable[[int], Batch], watch: Watch
+) -> tuple[ZOAct, dict[str, Any]]:
+    """The optimizer of a new run, the basis computed unless one was imported, and what the log has to know of it."""
+    energies: list[list[Any]] = []
+    layers = [layer for layer in zo_layers(model).values() if layer.rank]
+    if any(layer.basis is None for layer in layers):
+        watch.said(f"computing the basis of {len(layers)} layers from {recipe.basis_batches} batches")
+        batches = []
+        for batch in map(batch_at, range(recipe.basis_batches)):
+            inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            if getattr(getattr(model, "config", None), "use_cache", False):
+                inputs["use_cache"] = False
+            batches.append(inputs)
+        with _head_on_last_token(model):
+            report = compute_basis(
+                model,
+                batches,
+                method=recipe.basis_method,
+                exclude_first_token=recipe.basis_without_first,
+                seed=recipe.seed,
+            )
+        energies = [[row.name, row.energy, row.energy_without_first] for row in report.layers]
+    optimizer = recipe.create(model)
+    anatomy = [
+        {
+            "name": name,
+            "param_id": int(layer.param_id),
+            "out_features": layer.out_features,
+            "in_features": layer.in_features,
+            "rank": layer.rank,
+            "origin": layer.origin,
+        }
+        for name, layer in optimizer.layers.items()
+    ]
+    # causal_lm is for the adapter's task type
+    return optimizer, {"layers": anatomy, "energies": energies, "causal_lm": hasattr(model, "lm_head")}
+
+
+@contextlib.contextmanager
+def _head_on_last_token(model: Any) -> Iterator[None]:
+    """A basis needs no logits; the head then sees one token a sequence, and [B, T, V] never exists."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0][:, -1:], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _snapshot(log: RunLog, optimizer: ZOAct) -> None:
+    """Record the state after the steps done, unless that is recorded already."""
+    if not any(row.step == log.done for row in log.snapshots()):
+        log.add_snapshot(optimizer.state_dict(), coeff_hash(optimizer))
+
+
+def restore(model: nn.Module, log: RunLog, recipe: Recipe, watch: Watch) -> ZOAct:
+    """The optimizer as it stood after the last logged step: the newest whole snapshot, and the rows after it.
+
+    Raises RunError: no snapshot can be read; ValueError: the model's layers are not those of the run.
+    """
+    for snapshot in reversed(log.snapshots()):
+        try:
+            state = log.load(snapshot)
+        except RunError as error:
+            watch.said(f"{error}; going back to an older snapshot")
+            continue
+        optimizer = load_state(model, log, recipe, state)
+        for row in log.steps(after=optimizer.iteration):
+            optimizer.replay([row])
+            optimizer.floor = row.floor
+        return optimizer
+    raise RunError(f"no snapshot of {log.directory} can be read, so the run can't be continued")
+
+
+def load_state(model: nn.Module, log: RunLog, recipe: Recipe, state: Mapping[str, Tensor]) -> ZOAct:
+    """An optimizer over the layers that the run trains, with the A, C and moments of a snapshot."""
+    layers, trained = zo_layers(model), [entry["name"] for entry in log.meta["layers"]]
+    for name, layer in layers.items():
+        if layer.rank and name not in trained:
+            layer.rank, layer.coeff, layer.basis = 0, None, None
+    for name, index in zip(trained, state["basis_of"].tolist(), strict=True):
+        layers[name].set_basis(state[f"basis/{index}"], state[f"coeff/{name}"])
+    optimizer = recipe.create(model)
+    optimizer.load_state_dict(state)
+    return optimizer

@@ -1,8 +1,8 @@
 // The noise: a pure function of (seed, parameter, row, column), for g++ and nvcc. zoact_kernels/rng.py says the same in
-// NumPy and torch; both are compared with == (tests/test_rng.py), together with cpu/noise.h, which makes W values at once.
+// NumPy and torch, cpu/noise.h for W lanes; tests/test_rng.py compares all of them with ==.
 //
 //   key     = (seed & 0xffffffff, seed >> 32)
-//   counter = (block & 0xffffffff, block >> 32, param_id, stream)      Philox4x32-10 (Salmon et al. 2011) -> words w0..w3
+//   counter = (block & 0xffffffff, block >> 32, param_id, stream)     Philox4x32-10 (Salmon et al. 2011) -> w0 .. w3
 //   element (row, col) of a parameter with `cols` columns: e = row * cols + col, 64 bits
 //
 //   stream  block   element e
@@ -21,7 +21,7 @@
 //   box_muller(80000000, 9e3779b9) -> bf5e416b bf4b9aa9      box_muller(ffffffff, e0000000) -> 39800003 b97ffff8
 //
 // Every float operation below is one IEEE operation, rounded to nearest: compile with -ffp-contract=off. Where a
-// multiply and the add behind it fuse, 3 % of the normals change, and NumPy, torch and the GPU no longer agree.
+// multiply and the add behind it fuse, 5 % of the normals change, and NumPy, torch and the GPU no longer agree.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -105,7 +105,7 @@ struct Lane {
 };
 }  // namespace
 
-// -2 ln(1 + f) = f (L0 + f (L1 + ...)) on [sqrt(1/2) - 1, sqrt(2) - 1]: minimax for r = sqrt(-2 ln u), error 5.3e-8 in r.
+// -2 ln(1 + f) = f (L0 + f (L1 + ...)) on [sqrt(1/2) - 1, sqrt(2) - 1], minimax for r = sqrt(-2 ln u): 5.3e-8 in r.
 constexpr float LOG_0 = -0x1.000000p+1f, LOG_1 = 0x1.00007ep+0f, LOG_2 = -0x1.555b1ep-1f, LOG_3 = 0x1.ff5b7cp-2f,
                 LOG_4 = -0x1.97379ep-2f, LOG_5 = 0x1.615b4cp-2f, LOG_6 = -0x1.4ec72ap-2f, LOG_7 = 0x1.a3644cp-3f;
 constexpr float LOG_E = -0x1.62e430p+0f;  // -2 ln 2
@@ -113,7 +113,8 @@ constexpr float LOG_E = -0x1.62e430p+0f;  // -2 ln 2
 constexpr float SIN_0 = 0x1.921fb4p+0f, SIN_1 = -0x1.4abb68p-1f, SIN_2 = 0x1.46496cp-4f, SIN_3 = -0x1.2a7638p-8f;
 constexpr float COS_0 = 1.0f, COS_1 = -0x1.3bd3a2p+0f, COS_2 = 0x1.03b18ep-2f, COS_3 = -0x1.4eb112p-6f;
 
-// Two words -> two normals: u(w) = ((w >> 9) + 1/2) 2^-23, r = sqrt(-2 ln u(a)), even = r cos(2 pi u(b)), odd = r sin(...).
+// Two words -> two normals: even = r cos(2 pi u(b)), odd = r sin(2 pi u(b)), r = sqrt(-2 ln u(a)), where
+// u(w) = ((w >> 9) + 1/2) 2^-23.
 // Over all 2^23 values of each word: |r - r64| <= 4.7e-7, |sin - sin64| and |cos - cos64| <= 9.7e-8, and so
 // |value - float64| <= 1.2e-6 for every pair of words.
 template <class T>

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from zoact_kernels import basis
+from zoact_kernels import activations, basis
 from zoact_kernels.basis import compute_basis
 from zoact_kernels.layers import perturbed, zo_layers
 from zoact_kernels.swap import ZOConfig, swap
@@ -101,7 +102,7 @@ def bases(model: nn.Module) -> dict[str, Tensor]:
 
 
 def sine(a: Tensor, b: Tensor) -> float:
-    """Sine of the largest principal angle between the spans of two orthonormal bases (sin, for it sees small angles)."""
+    """Sine of the largest principal angle between two orthonormal bases; a cosine would not see small angles."""
     a, b = a.double(), b.double()
     return float(torch.linalg.matrix_norm(a - b @ (b.T @ a), ord=2))
 
@@ -249,36 +250,48 @@ def test_compute_basis_is_deterministic():
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)
         model = toy()
-        report = compute_basis(model, batches(), method="power")
+        report = compute_basis(model, batches(), method="gram")
         results.append((report, bases(model)))
-    state = torch.get_rng_state()
-    compute_basis(toy(), batches(), method="power") and torch.manual_seed(0)
     assert results[1][0] == results[2][0]
     for name in results[0][1]:
         assert torch.equal(results[1][1][name], results[2][1][name])
         assert float((results[0][1][name] - results[1][1][name]).abs().max()) < 1e-6
-    model = toy()
-    state = torch.get_rng_state()
-    compute_basis(model, batches(), method="power", seed=1)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(sine(a, b) < 1e-3 for a, b in zip(bases(model).values(), results[0][1].values(), strict=True))
 
 
-def test_compute_basis_streaming_holds_one_group():
-    """With streaming no more than one group's H is alive: what captures hold is counted at every forward."""
+def test_compute_basis_power_reads_no_generator():
+    found = []
+    for seed in (0, 0, 1):
+        model = toy()
+        state = torch.get_rng_state()
+        compute_basis(model, batches(), method="power", seed=seed, iterations=2)
+        assert torch.equal(torch.get_rng_state(), state)
+        found.append(bases(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert not any(torch.equal(found[0][name], found[2][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("method", basis.METHODS)
+def test_compute_basis_streaming_holds_one_group(monkeypatch, method):
+    """One group's H, Gram or sketch is alive at a time, counted when one is made and after every forward."""
+    captures: weakref.WeakSet = weakref.WeakSet()
+    init = basis._Svd.__init__
     alive: list[int] = []
 
+    def made(self: basis._Svd, group: activations.Group) -> None:
+        captures.add(self)
+        alive.append(len(captures))
+        init(self, group)
+
     def count(done: int, total: int, what: str) -> None:
-        import gc
+        alive.append(len(captures))
 
-        captures = [c for c in gc.get_objects() if isinstance(c, basis._Svd)]
-        alive.append(sum(bool(c.h) for c in captures))
+    monkeypatch.setattr(basis._Svd, "__init__", made)
 
-    compute_basis(toy(), batches(), streaming=True, progress=count)
+    compute_basis(toy(), batches(), method=method, streaming=True, iterations=1, progress=count)
     assert max(alive) == 1
     alive.clear()
-    compute_basis(toy(), batches(), progress=count)
-    assert max(alive) == 8
+    compute_basis(toy(), batches(), method=method, iterations=1, progress=count)
+    assert max(alive) == 8 and not captures
 
 
 def test_compute_basis_progress_and_modes():

@@ -14,7 +14,7 @@ from zoact_kernels import native, reference, rng
 from zoact_kernels.ops import using
 
 MOMENTS = {"sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}
-HYPER = dict(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
+HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 
 pytestmark = pytest.mark.skipif(native.module() is None, reason=native.why_missing())
 every_isa = pytest.mark.parametrize("isa", native.isas())
@@ -124,10 +124,10 @@ CASES = [
     Case("adam", shapes=((1031, 4),), seeds=tuple(range(16))),
     Case("adamw", shapes=((0, 4),)),
     Case("sgd", shapes=((17, 3), (5, 2)), row_offsets=(5, 123456789)),
-    Case("adam", hyper=dict(weight_decay=0.0)),
-    Case("adam", hyper=dict(eps=0.0)),
-    Case("adamw", hyper=dict(lr=0.0)),
-    Case("momentum", hyper=dict(beta1=0.0)),
+    Case("adam", hyper={"weight_decay": 0.0}),
+    Case("adam", hyper={"eps": 0.0}),
+    Case("adamw", hyper={"lr": 0.0}),
+    Case("momentum", hyper={"beta1": 0.0}),
 ]
 
 
@@ -216,7 +216,7 @@ def test_zo_update_is_torch_optim(rule: str) -> None:
     Betas that fp32 holds exactly: 1 - beta2 of an fp32 0.999 differs from 0.001 by 1e-5, which is a matter of the
     hyper-parameter and not of the formulas.
     """
-    settings = dict(lr=0.0625, beta1=0.875, beta2=0.96875, eps=2.0**-20, weight_decay=0.125)
+    settings = {"lr": 0.0625, "beta1": 0.875, "beta2": 0.96875, "eps": 2.0**-20, "weight_decay": 0.125}
     p = problem(Case(rule, shapes=((67, 3),), seeds=(1, 2)))
     for state in (*p.exp_avgs, *p.exp_avg_sqs):
         state.zero_()
@@ -224,14 +224,14 @@ def test_zo_update_is_torch_optim(rule: str) -> None:
     results = {torch.float32: start.clone(), torch.float64: start.double()}
     optimizers = {}
     for dtype, parameter in results.items():
-        common = dict(params=[parameter], lr=settings["lr"], weight_decay=settings["weight_decay"])
-        adam = common | dict(betas=(settings["beta1"], settings["beta2"]), eps=settings["eps"])
-        optimizers[dtype] = {
-            "sgd": lambda common=common, adam=adam: torch.optim.SGD(**common),
-            "momentum": lambda common=common, adam=adam: torch.optim.SGD(**common, momentum=settings["beta1"]),
-            "adam": lambda common=common, adam=adam: torch.optim.Adam(**adam),
-            "adamw": lambda common=common, adam=adam: torch.optim.AdamW(**adam),
-        }[rule]()
+        common = {"params": [parameter], "lr": settings["lr"], "weight_decay": settings["weight_decay"]}
+        if rule in ("sgd", "momentum"):
+            momentum = settings["beta1"] if rule == "momentum" else 0.0
+            optimizers[dtype] = torch.optim.SGD(**common, momentum=momentum)
+        else:
+            kind = torch.optim.Adam if rule == "adam" else torch.optim.AdamW
+            betas = settings["beta1"], settings["beta2"]
+            optimizers[dtype] = kind(**common, betas=betas, eps=settings["eps"])
     for step in range(1, 6):
         p.seeds += 10 * step
         p.hyper = hyper_of(step, **settings)

@@ -48,8 +48,8 @@ def group_count(sides: str, queries: int) -> int:
 def group_sigmas(sides: str, queries: int, sigma: float) -> Tensor:
     """Signed radius of every seed in every group, float32 [G, S] S = `queries`; a row has at most one that is not 0."""
     group_count(sides, queries)
-    if not (sigma > 0 and math.isfinite(sigma)):
-        raise ValueError(f"sigma is {sigma}; the radius is a positive finite number")
+    if not 1e-30 < sigma < 1e30:
+        raise ValueError(f"sigma is {sigma}; the radius is a positive number that float32 can hold")
     eye = torch.eye(queries, dtype=torch.float32) * sigma
     if sides == "two-sided":
         return torch.stack((eye, -eye), dim=1).flatten(0, 1)

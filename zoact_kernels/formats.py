@@ -397,8 +397,9 @@ def quantize(
     for first, stop, size in ((0, whole, width), (whole, rows.shape[1], rows.shape[1] - whole)):
         if first < stop:  # the whole groups, then each row's short one
             options = quantizers.Options(method, symmetric, size < width, fmt.table)
-            groups = rows[:, first:stop].reshape(-1, size)
-            fits.append(quantizers.fit_groups(fmt.fit, groups, dtype, options, rows.shape[0]))
+            groups = (stop - first) // size
+            x = rows[:, first:stop].reshape(rows.shape[0] * groups, size)
+            fits.append(quantizers.fit_groups(fmt.fit, x, dtype, options, groups))
     codes, scale = torch.cat([fit[0] for fit in fits], dim=1), torch.cat([fit[1] for fit in fits], dim=1)
     offsets = [fit[2] for fit in fits if fit[2] is not None]
     offset = torch.cat(offsets, dim=1) if offsets else None

@@ -46,10 +46,15 @@ def dwords(packed: Tensor, K: int, padding: int) -> Tensor:
         if K % 2:
             filled[:, K // 2] = packed[:, -1] & 15 | padding << 4
         packed = filled
-    flat = packed.reshape(-1)
-    if flat.storage_offset() % 4:
-        flat = flat.clone()
-    return flat.view(torch.int32).view(packed.shape[0], ceil_div(K, 8))
+    if packed.storage_offset() % 4:
+        packed = packed.clone()
+    return row_major(packed).view(torch.int32)
+
+
+def row_major(matrix: Tensor) -> Tensor:
+    """Strides (C, 1), so that bytes and dwords can be viewed; .contiguous() leaves any stride to a single row or column."""
+    C = matrix.shape[1]
+    return matrix if matrix.stride() == (C, 1) else matrix.clone(memory_format=torch.contiguous_format)
 
 
 def to_blocks(stored: Tensor, C: int, padding: int = 0) -> Tensor:
@@ -65,7 +70,7 @@ def to_blocks(stored: Tensor, C: int, padding: int = 0) -> Tensor:
 
 
 def from_blocks(blocks: Tensor, N: int, C: int, first: int, stop: int) -> Tensor:
-    """Rows first..stop - 1 of the [N, C] that `to_blocks` stored, contiguous; reads the blocks of these rows only."""
+    """Rows first..stop - 1 of the [N, C] that `to_blocks` stored, row-major; reads the blocks of these rows only."""
     if first >= stop:
         return blocks.new_empty((0, C))
     whole = padded_columns(N) // BLOCK
@@ -74,5 +79,4 @@ def from_blocks(blocks: Tensor, N: int, C: int, first: int, stop: int) -> Tensor
     if stop > whole * BLOCK:
         parts.append(blocks[whole * BLOCK * C :].view(C, -1).T)
     rows = parts[0] if len(parts) == 1 else torch.cat(parts)
-    # not .contiguous(): for C = 1 that keeps any stride, and the bytes of a dword could not be viewed
-    return rows[first - start * BLOCK : stop - start * BLOCK].reshape(-1).view(-1, C)
+    return row_major(rows[first - start * BLOCK : stop - start * BLOCK])

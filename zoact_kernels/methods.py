@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import estimators, ops, optim, rng
-from .basis import evaluating
+from .activations import evaluating
 from .layers import ZOLinear, perturbed, zo_layers
 
 MODES = ("stacked", "sequential")
@@ -154,7 +154,7 @@ class ZOAct:
         optim.check_schedule(schedule, steps, warmup)
         estimators.check(sides, queries, scaling, clip)
         self.model = model
-        self.layers = {name: layer for name, layer in zo_layers(model).items() if layer.rank > 0}
+        self.layers = {rng.strip_prefixes(name): layer for name, layer in zo_layers(model).items() if layer.rank > 0}
         if not self.layers:
             raise ValueError("no layer of the model can be trained; swap it with ZOConfig(rank=1) or more")
         param_ids = torch.cat([layer.param_id for layer in self.layers.values()])

@@ -41,15 +41,15 @@ class Options:
 
 
 def fit_groups(
-    fit: Callable[[Tensor, torch.dtype, Options], Fit], x: Tensor, dtype: torch.dtype, options: Options, rows: int
+    fit: Callable[[Tensor, torch.dtype, Options], Fit], x: Tensor, dtype: torch.dtype, options: Options, groups: int
 ) -> Fit:
-    """`fit` over x [rows * groups, width] of any float dtype, chunk by chunk; each result as [rows, all of its row]."""
-    width = x.shape[1]
-    parts = [fit(chunk.float(), dtype, options) for chunk in x.split(max(1, CHUNK // width))]
+    """`fit` over x [rows * groups, width] of any float dtype, chunk by chunk: codes [rows, groups * width] and so on."""
+    rows, width = x.shape[0] // groups, x.shape[1]
+    # contiguous: the order of a sum follows the strides, and a row's codes must not
+    parts = [fit(chunk.float().contiguous(), dtype, options) for chunk in x.split(max(1, CHUNK // width))]
     codes, scales, offsets = zip(*parts, strict=True)
-    offset = None if offsets[0] is None else torch.cat(offsets).view(rows, x.shape[0] // max(rows, 1))
-    scale = torch.cat(scales).view(rows, x.shape[0] // max(rows, 1))
-    return torch.cat(codes).view(rows, scale.shape[1] * width), scale, offset
+    offset = None if offsets[0] is None else torch.cat(offsets).view(rows, groups)
+    return torch.cat(codes).view(rows, groups * width), torch.cat(scales).view(rows, groups), offset
 
 
 def rounded(values: Tensor, dtype: torch.dtype, up: bool) -> Tensor:

@@ -15,7 +15,6 @@ Steps are counted from 0; "after n steps" in snapshots and evaluations means row
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import math
@@ -107,10 +106,8 @@ def writing(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, sqlite3.OperationalError, SafetensorError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        full = full or "full" in str(error) or "No space left" in str(error)
-        hint = "free some space, then continue with --resume" if full else "see that the place is writable"
-        raise RunError(f"{what} can't be written: {error}; nothing is lost: {hint}") from error
+        hint = "nothing before it is lost: make room, or make the place writable, and continue with --resume"
+        raise RunError(f"{what} can't be written: {error}; {hint}") from error
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

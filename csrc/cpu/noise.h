@@ -4,8 +4,8 @@
 //   words_run(out, seed, param_id, stream, first, count)     word e & 3 of block e >> 2: masks, rounding
 //   weighted_noise(sum, seeds, weights, S, ...)              g = 0; for s: g = g + weights[s] * Z_s
 //
-// Philox runs in 64-bit lanes, one block each, because the product of two 32-bit words fills such a lane: a round is two
-// multiplies, two shifts and two three-way xors. The upper halves hold left-overs that no multiply reads.
+// Philox runs in 64-bit lanes, one block each, because the product of two 32-bit words fills such a lane: a round is
+// two multiplies, two shifts and two three-way xors. The upper halves hold left-overs that no multiply reads.
 //
 // One thread of Zen 4 at 2.6 GHz, 4096 values in L1: normal 1.0 ns (avx512), 1.6 (avx2), 3.1 (base) a value; rademacher
 // 0.20, 0.27, 0.42. Tried and not faster: two groups at once, and Philox one group ahead of Box-Muller (within 3 %).
@@ -32,8 +32,8 @@ ZO_INLINE VU64 multiply_low(VU64 a, uint32_t b) {  // low word of each lane time
 #endif
 }
 
-// Which block lane i holds: i / 2, and BLOCKS / 2 further where i is odd. Unpacking two vectors (of even and odd normals,
-// of words) then leaves the first half of the group in one vector and the second in the other, both in order.
+// Which block lane i holds: i / 2, and BLOCKS / 2 further where i is odd. Unpacking two vectors (of even and odd
+// normals, of words) then leaves the first half of the group in one and the second half in the other, both in order.
 ZO_INLINE VU64 lane_blocks() {
   VU64 v;
   for (int i = 0; i < BLOCKS; i++) v[i] = i / 2 + i % 2 * (BLOCKS / 2);
@@ -102,7 +102,8 @@ struct Lanes {  // zo::Lane for W lanes
 };
 
 // Groups of words and of normals from block `block` on. A group is two vectors.
-inline void words_groups(uint32_t* out, int64_t seed, uint32_t param_id, uint32_t stream, uint64_t block, int64_t groups) {
+inline void words_groups(uint32_t* out, int64_t seed, uint32_t param_id, uint32_t stream, uint64_t block,
+                         int64_t groups) {
   for (int64_t g = 0; g < groups; g++, block += BLOCKS, out += GROUP) {
     VU64 w[4], low, high;
     philox_blocks(w, seed, param_id, stream, block);
@@ -124,7 +125,7 @@ inline void normal_groups(float* out, int64_t seed, uint32_t param_id, uint64_t 
   }
 }
 
-// Items first .. first + count - 1, where make(to, block, groups) makes whole groups: the two ends are cut from a group.
+// Items first .. first + count - 1, where make(to, block, groups) makes whole groups: the two ends are cut from one.
 template <class T, class Make>
 inline void run_of_groups(T* out, uint64_t first, int64_t count, Make make) {
   T cut[GROUP];
@@ -190,8 +191,8 @@ inline void noise_values(float* out, int64_t seed, uint32_t param_id, zo::Noise 
 
 constexpr int64_t TILE = 512;  // values a kernel handles at once: noise, words and sums of a tile stay in L1
 
-// Sum over the seeds for `count` <= TILE elements, in the order of the seeds, every product and every sum rounded. Whole
-// vectors of `sum` are written.
+// Sum over the seeds for `count` <= TILE elements, in the order of the seeds, every product and every sum rounded.
+// Whole vectors of `sum` are written.
 inline void weighted_noise(float sum[TILE], const int64_t* seeds, const float* weights, int64_t S, uint32_t param_id,
                            zo::Noise kind, uint64_t first, int64_t count) {
   alignas(64) float z[TILE];

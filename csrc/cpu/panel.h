@@ -39,13 +39,18 @@ struct Chunk {
 ZO_INLINE int64_t span_of(const Weight& w) {  // of one scale, where it bounds a chunk
   return w.format == zo::Format::dense || w.flat || !w.codes ? max(w.K, 1) : w.group_size;
 }
+// With an offset the codes are not centred quite (a zero point of 7.5, or of 3), so that sum c * x drifts where x has a
+// mean, and rounds as far as it drifts: shorter sums. At K = 64 in one group, x of mean 3, the error in units of torch's
+// fell from 2.2 to 1.4.
+ZO_INLINE int64_t depth_of(const Weight& w) { return w.offset ? DEPTH / 2 : DEPTH; }
+
 ZO_INLINE Chunk chunk_at(const Weight& w, int64_t k) {  // the chunk that starts at k
   const int64_t span = span_of(w), end = min((k / span + 1) * span, w.K);
-  return {k, min(DEPTH, end - k)};
+  return {k, min(depth_of(w), end - k)};
 }
 ZO_INLINE int64_t chunk_count(const Weight& w) {
-  const int64_t span = span_of(w);
-  return w.K / span * zo::ceil_div(span, DEPTH) + zo::ceil_div(w.K % span, DEPTH);
+  const int64_t span = span_of(w), depth = depth_of(w);
+  return w.K / span * zo::ceil_div(span, depth) + zo::ceil_div(w.K % span, depth);
 }
 
 // Calls f with a value of the C++ type of `dtype`: f([](auto type) { typedef decltype(type) T; ... }).
@@ -116,17 +121,15 @@ inline void columns_panel(const float* matrix, int64_t row_stride, const Block& 
 
 // ---------------------------------------------------------------- codes
 
-// Columns of `depth` codes: dword row r, code i of each column becomes panel row 8 * r + i.
-inline void decode_nibbles(const uint32_t* dwords, int64_t columns, int64_t depth, const Table16& table, float* panel) {
+// Dword row r, code i of each column becomes panel row 8 * r + i.
+template <class Decode>
+void decode_nibbles(const uint32_t* dwords, int64_t columns, int64_t depth, const Decode& decode, float* panel) {
   for (int64_t k = 0; k < depth; k += 8, dwords += columns, panel += 8 * columns) {
-    const int64_t codes = min(8, depth - k);
     for (int64_t n = 0; n < columns; n += W) {
-      VU code = load(dwords + n);
-      if (codes == 8) {
-        for (int i = 0; i < 8; i++) store(panel + i * columns + n, table(code >> 4 * i));
-      } else {
-        for (int i = 0; i < codes; i++, code >>= 4) store(panel + i * columns + n, table(code));
-      }
+      const VU codes = Decode::prepare(load(dwords + n));
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i++)
+        if (k + i < depth) store(panel + i * columns + n, decode(codes, i));
     }
   }
 }
@@ -164,7 +167,9 @@ inline const float* codes_panel(const Weight& w, const Block& block, const Chunk
   const int64_t first = block.n0 * zo::code_rows(w.format, w.K), count = chunk.depth * block.columns;
   if (zo::is_4bit(w.format)) {
     const uint32_t* dwords = (const uint32_t*)w.codes + first + chunk.k / zo::CODES_PER_DWORD * block.columns;
-    decode_nibbles(dwords, block.columns, chunk.depth, Table16(zo::decode_table(w.format)), buffer);
+    const float* values = zo::decode_table(w.format);
+    if (w.format == zo::Format::int4) decode_nibbles(dwords, block.columns, chunk.depth, Centred(values), buffer);
+    else decode_nibbles(dwords, block.columns, chunk.depth, Codebook(values), buffer);
   } else if (w.format == zo::Format::int8) {
     bytes_to_floats(buffer, (const int8_t*)w.codes + first + chunk.k * block.columns, count);
   } else if (w.code_dtype == zo::DType::f32) {

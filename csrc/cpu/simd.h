@@ -245,5 +245,22 @@ struct Table16 {
 #endif
 };
 
+// The value of code i of each lane's eight 4-bit codes; `prepare` is called once per vector of dwords.
+struct Codebook {  // any 16 values
+  Table16 table;
+  explicit ZO_INLINE Codebook(const float* values) : table(values) {}
+  static ZO_INLINE VU prepare(VU dwords) { return dwords; }
+  ZO_INLINE VF operator()(VU dwords, int i) const { return table(dwords >> 4 * i); }
+};
+#if ZO_WIDTH == 16
+typedef Codebook Centred;  // a permute, 15 % faster at one row than gluing the code into a mantissa
+#else
+struct Centred {  // int4's q - 8: shifts and a conversion; a look-up takes 1.4 times as long on avx2, 3.5 times on base
+  explicit ZO_INLINE Centred(const float*) {}
+  static ZO_INLINE VU prepare(VU dwords) { return dwords ^ 0x88888888u; }  // q - 8 in two's complement
+  ZO_INLINE VF operator()(VU dwords, int i) const { return to_float((VI)(dwords << (28 - 4 * i)) >> 28); }
+};
+#endif
+
 }  // namespace
 }  // namespace ZO_NAMESPACE

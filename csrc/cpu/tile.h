@@ -163,6 +163,7 @@ void multiply_tile(const float* x, int64_t x_stride, const float* panel, int64_t
   for (int64_t n = 0; n < columns; n += V * W) {
     VF acc[R][V] = {};
     const float* b = panel + n;
+#pragma GCC unroll 4
     for (int64_t k = 0; k < depth; k++, b += columns) {
       VF row[V];
       for (int v = 0; v < V; v++) row[v] = load(b + v * W);

@@ -15,25 +15,26 @@
 namespace ZO_NAMESPACE {
 namespace {
 
-constexpr int SMALL = ROWS;              // rows whose accumulators stay in registers beside the codes
+constexpr int SMALL = W == 16 ? 24 : 4;   // rows up to which codes are decoded in registers, again for each tile
+constexpr int SMALL_TILE = 4;            // rows of such a tile: 6 fit, but 3 + 3 is as fast
 constexpr int64_t SPAN = 256;            // k that `project` takes at a time
 constexpr int64_t NOISE_FLOATS = 131072; // 512 KB a thread for the noise panels of a batch of groups
 
 // ---------------------------------------------------------------- few rows: codes straight into fma
 
-template <int R, int V>
+template <class Decode, int R, int V>
 void multiply_codes(const float* x, int64_t x_stride, const uint32_t* dwords, int64_t columns, int64_t depth,
                     const float* values, const Factors& f, float* main) {
-  const Table16 table(values);
+  const Decode decode(values);
   for (int64_t n = 0; n < columns; n += V * W) {
     VF acc[R][V] = {};
     const uint32_t* row = dwords + n;
     for (int64_t k = 0; k < depth; k += 8, row += columns) {
       VU code[V];
-      for (int v = 0; v < V; v++) code[v] = load(row + v * W);
-      const auto step = [&](int64_t i) __attribute__((always_inline)) {
+      for (int v = 0; v < V; v++) code[v] = Decode::prepare(load(row + v * W));
+      const auto step = [&](int i) __attribute__((always_inline)) {
         for (int v = 0; v < V; v++) {
-          const VF c = table(code[v] >> 4 * (int)i);
+          const VF c = decode(code[v], i);
           for (int r = 0; r < R; r++) acc[r][v] = fma(set1(x[r * x_stride + k + i]), c, acc[r][v]);
         }
       };
@@ -41,7 +42,9 @@ void multiply_codes(const float* x, int64_t x_stride, const uint32_t* dwords, in
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) step(i);
       } else {
-        for (int64_t i = 0; i < depth - k; i++) step(i);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++)
+          if (i < depth - k) step(i);
       }
     }
     add_to_main<R, V>(acc, f, n, main);
@@ -50,12 +53,30 @@ void multiply_codes(const float* x, int64_t x_stride, const uint32_t* dwords, in
 
 typedef void (*MultiplyCodes)(const float*, int64_t, const uint32_t*, int64_t, int64_t, const float*, const Factors&,
                               float*);
-constexpr MultiplyCodes multiply_codes_wide[SMALL] = {multiply_codes<1, wide(1)>, multiply_codes<2, wide(2)>,
-                                                      multiply_codes<3, wide(3)>, multiply_codes<4, wide(4)>,
-                                                      multiply_codes<5, wide(5)>, multiply_codes<6, wide(6)>};
-constexpr MultiplyCodes multiply_codes_narrow[SMALL] = {multiply_codes<1, narrow>, multiply_codes<2, narrow>,
-                                                        multiply_codes<3, narrow>, multiply_codes<4, narrow>,
-                                                        multiply_codes<5, narrow>, multiply_codes<6, narrow>};
+template <class D>
+ZO_INLINE MultiplyCodes pick(int64_t columns, int64_t rows) {
+  constexpr MultiplyCodes kernels[2][SMALL_TILE] = {
+      {multiply_codes<D, 1, narrow>, multiply_codes<D, 2, narrow>, multiply_codes<D, 3, narrow>, multiply_codes<D, 4, narrow>},
+      {multiply_codes<D, 1, wide(1)>, multiply_codes<D, 2, wide(2)>, multiply_codes<D, 3, wide(3)>,
+       multiply_codes<D, 4, wide(4)>}};
+  return kernels[columns == BLOCK][rows - 1];
+}
+
+// All rows of x times the codes of one chunk.
+void multiply_codes(const Weight& w, const X& x, const Block& block, const Chunk& chunk, int64_t index, Factors f,
+                    float* main) {
+  const uint32_t* dwords = (const uint32_t*)w.codes + block.n0 * zo::code_rows(w.format, w.K) +
+                           chunk.k / zo::CODES_PER_DWORD * block.columns;
+  const int64_t tiles = zo::ceil_div(x.M, SMALL_TILE);
+  for (int64_t t = 0, m = 0; t < tiles; t++) {
+    const int64_t next = (t + 1) * x.M / tiles;
+    f.sums = x.sums_of(index, m);
+    (w.format == zo::Format::int4 ? pick<Centred> : pick<Codebook>)(block.columns, next - m)(
+        x.row(m, chunk), x.row_stride(chunk), dwords, block.columns, chunk.depth, zo::decode_table(w.format), f,
+        main + m * BLOCK);
+    m = next;
+  }
+}
 
 // ---------------------------------------------------------------- h = x . basis
 
@@ -165,15 +186,8 @@ void add_base(const Weight& w, const X& x, const Tiles& tiles, const Task& task,
   int64_t index = 0;
   for (Chunk chunk = chunk_at(w, 0); chunk.k < w.K; chunk = chunk_at(w, chunk.k + chunk.depth), index++) {
     chunk_scales(w, block, chunk, scale, offset);
-    if (!in_registers) {
-      multiply_chunk(x, tiles, task, 0, chunk, index, codes_panel(w, block, chunk, panel), f, main);
-      continue;
-    }
-    const uint32_t* dwords = (const uint32_t*)w.codes + block.n0 * zo::code_rows(w.format, w.K) +
-                             chunk.k / zo::CODES_PER_DWORD * block.columns;
-    f.sums = x.sums_of(index, 0);
-    (block.columns == BLOCK ? multiply_codes_wide : multiply_codes_narrow)[x.M - 1](
-        x.row(0, chunk), x.row_stride(chunk), dwords, block.columns, chunk.depth, zo::decode_table(w.format), f, main);
+    if (in_registers) multiply_codes(w, x, block, chunk, index, f, main);
+    else multiply_chunk(x, tiles, task, 0, chunk, index, codes_panel(w, block, chunk, panel), f, main);
   }
 }
 

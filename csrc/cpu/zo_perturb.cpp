@@ -2,15 +2,15 @@
 //
 //   w  [N, C] fp32, bf16 or fp16, rows w_stride elements apart
 //
-//   dense      d = g;  noise_scale given: d = g * noise_scale[n, c]                         g = sum_s weights[s] Z_s[n, c]
+//   dense      d = g;  noise_scale given: d = g * noise_scale[n, c]                  g = sum_s weights[s] Z_s[n, c]
 //   basis      d = 0;  for r = 0 .. R - 1: d = d + g[n, r] * basis[c, r]                    Z is [N, R]
 //   then       w = w + d in fp32, rounded once to the dtype of w: to nearest, or stochastically with has_rounding
 //   mask       an element that takes no part keeps its value: magnitude takes |w| <= mask_value, random a share
 //              mask_value of the elements (stream 3 of mask_seed), whatever w
 //
 // Every operation is rounded on its own (no FMA), so that all instruction sets and reference.py agree bit for bit. An
-// element has counter e = (row_offset + n) * cols + c for its noise, mask and rounding; with a basis, where `cols` counts
-// columns of Z, rounding uses (row_offset + n) * C + c. Stochastic rounding of fp32 is no rounding.
+// element has counter e = (row_offset + n) * cols + c for its noise, mask and rounding; with a basis, where `cols`
+// counts columns of Z, rounding uses (row_offset + n) * C + c. Stochastic rounding of fp32 is no rounding.
 //
 // Threads share tiles of 512 columns (dense) or blocks of four rows (basis). The basis is copied once into panels of W
 // columns, [R][W] each, so that four rows share a load and w is read and written once.
@@ -23,7 +23,6 @@ namespace {
 
 constexpr int64_t ROWS = 4;  // rows of w that share a pass over the basis: 4 sums, a load and a broadcast fit any ISA
 
-ZO_INLINE void store_stochastic(float* p, VF v, VU) { store(p, v); }
 ZO_INLINE void store_stochastic(bf16* p, VF v, VU word) {
   store_raw(p, __builtin_convertvector(zo::stochastic_bf16(float_to_bits(v), word), VH));
 }
@@ -39,7 +38,8 @@ void add_tile(const zo::ZoPerturb& p, T* w, const float* delta, const float* noi
   const uint64_t threshold = zo::mask_threshold(p.mask_value);
   const bool random = p.mask == zo::Mask::random && threshold <= 0xffffffffu;  // above: all take part
   if (random) words_run(mask_words, p.mask_seed, p.param_id, zo::STREAM_MASK, e, whole);
-  if (p.has_rounding) words_run(rounding_words, p.rounding_seed, p.param_id, zo::STREAM_ROUNDING, e, whole);
+  const bool rounding = p.has_rounding && sizeof(T) == 2;
+  if (rounding) words_run(rounding_words, p.rounding_seed, p.param_id, zo::STREAM_ROUNDING, e, whole);
   for (int64_t i = 0; i < count; i += W) {
     const int64_t n = count - i;
     const VF clean = n >= W ? load(w + i) : load(w + i, n);
@@ -50,8 +50,12 @@ void add_tile(const zo::ZoPerturb& p, T* w, const float* delta, const float* noi
     if (random) v = load(mask_words + i) < (uint32_t)threshold ? v : clean;
     T lanes[W];
     T* to = n >= W ? w + i : lanes;
-    if (p.has_rounding) {
-      store_stochastic(to, v, load(rounding_words + i));
+    if constexpr (sizeof(T) == 2) {
+      if (rounding) {
+        store_stochastic(to, v, load(rounding_words + i));
+      } else {
+        store(to, v);
+      }
     } else {
       store(to, v);
     }

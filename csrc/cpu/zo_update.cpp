@@ -1,7 +1,8 @@
-// zo_update: one optimizer step over all layers of a model, C <- rule(C, g) with g = sum_s weights[s] Z_s made on the fly.
+// zo_update: one optimizer step over all layers of a model, C <- rule(C, g), g = sum_s weights[s] Z_s made on the fly.
 //
 //   C, exp_avg, exp_avg_sq  [rows, cols] fp32 of each layer, in place;  element i has counter row_offset * cols + i
-//   seeds [S], weights [S] or [layers, S];  hyper: lr, beta1, beta2, eps, weight_decay, c1 = 1 - beta1^t, c2 = 1 - beta2^t
+//   seeds [S], weights [S] or [layers, S]
+//   hyper: lr, beta1, beta2, eps, weight_decay, c1 = 1 - beta1^t, c2 = 1 - beta2^t
 //
 // The formulas of torch.optim, every operation rounded on its own (no FMA), so that all instruction sets and
 // reference.py agree bit for bit. Once a call: rise1 = 1 - beta1, rise2 = 1 - beta2, step = lr / c1, root = sqrt(c2),

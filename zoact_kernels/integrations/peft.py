@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import ZOLinear, zo_layers
+from ..rng import strip_prefixes
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -64,13 +65,13 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], base_model_
     factors = {name: pair for name, layer in zo_layers(model).items() if (pair := lora_factors(layer)) is not None}
     if not factors:
         raise ValueError("`model` has no ZOLinear with a basis; compute_basis or import_lora comes before export_lora")
-    names = {name: _plain(name) for name in factors}
+    names = {name: strip_prefixes(name) for name in factors}
     ranks = {names[name]: basis.shape[1] for name, (basis, _) in factors.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others = {re.escape(name): rank for name, rank in ranks.items() if rank != usual}  # PEFT reads the keys as patterns
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if hasattr(model, "lm_head") else None,
+        "task_type": "CAUSAL_LM" if _has_head(model) else None,
         "base_model_name_or_path": base_model_name,
         "r": usual,
         "lora_alpha": usual,
@@ -95,11 +96,10 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], base_model_
     return directory
 
 
-def _plain(name: str) -> str:
-    """A module's name without the prefixes that wrappers put in front."""
-    from ..rng import strip_prefixes
-
-    return strip_prefixes(name)
+def _has_head(model: nn.Module) -> bool:
+    """Whether it is a language model: it has an output projection."""
+    ask = getattr(model, "get_output_embeddings", None)
+    return hasattr(model, "lm_head") or (ask is not None and ask() is not None)
 
 
 def _write_together(directory: Path, files: dict[str, bytes]) -> None:
@@ -142,7 +142,7 @@ def import_lora(model: nn.Module, directory: str | os.PathLike[str]) -> dict[str
     directory = Path(directory)
     config = _read_config(directory)
     tensors = _read_weights(directory)
-    layers = {_plain(name): layer for name, layer in zo_layers(model).items()}
+    layers = {strip_prefixes(name): layer for name, layer in zo_layers(model).items()}
     pairs = _pair_up(tensors, directory, layers)
     learned: dict[str, tuple[Tensor, Tensor]] = {}
     shared: dict[tuple[torch.Size, bytes], Tensor] = {}
@@ -203,7 +203,7 @@ def _pair_up(
             raise ValueError(
                 f"{directory / WEIGHTS} holds {key!r}; only lora_A.weight and lora_B.weight can be imported"
             )
-        halves.setdefault(_plain(match[1]), {})[match[2]] = tensor
+        halves.setdefault(strip_prefixes(match[1]), {})[match[2]] = tensor
     if not halves:
         raise ValueError(f"{directory / WEIGHTS} is empty")
     pairs: dict[str, tuple[Tensor, Tensor]] = {}

@@ -202,7 +202,7 @@ def _stream(path: Path, config: ZOConfig, where: Where, dtype: torch.dtype, task
 def _match(model: nn.Module, shards: dict[str, Path]) -> dict[str, tuple[str, Path]]:
     """Name in the model -> (name in the file, file). Raises _NotStreamable unless they cover each other plainly."""
     expected = model.state_dict()
-    prefix = f"{model.base_model_prefix}."  # type: ignore[operator]
+    prefix = f"{model.base_model_prefix}."
     found: dict[str, tuple[str, Path]] = {}
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"position_ids$"]  # type: ignore[misc]
     for key, file in shards.items():
@@ -291,12 +291,12 @@ def _compute_buffers(model: nn.Module) -> None:
         for name, buffer in empty.items():
             module._buffers[name] = torch.empty_like(buffer, device="cpu")
         module._is_hf_initialized = not empty  # type: ignore[assignment]
-        for tensor in module.parameters(recurse=False):
-            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     model.initialize_weights()  # type: ignore[operator]
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise _NotStreamable(f"{name!r} is neither in the files nor computed")
+    left: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    if empty_still := [name for name, tensor in left if tensor.is_meta]:
+        raise _NotStreamable(f"{empty_still[0]!r} is neither in the files nor computed")
 
 
 def _check_calls(model: nn.Module, chosen: dict[str, nn.Module]) -> None:

@@ -1,0 +1,124 @@
+"""The case table: which products are timed. A case is a row, never a script."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+# name -> (out_features, in_features): layers of real models, one ideal shape, two awkward ones.
+SHAPES = {
+    "smollm2-135m.q_proj": (576, 576),
+    "smollm2-135m.k_proj": (192, 576),
+    "smollm2-135m.up_proj": (1536, 576),
+    "smollm2-135m.down_proj": (576, 1536),
+    "llama-3.2-1b.q_proj": (2048, 2048),
+    "llama-3.2-1b.up_proj": (8192, 2048),
+    "llama-3-8b.q_proj": (4096, 4096),
+    "llama-3-8b.up_proj": (14336, 4096),
+    "llama-3-8b.down_proj": (4096, 14336),
+    "awkward.prime": (1021, 1009),
+    "awkward.thin": (7, 4097),
+}
+IDEAL = "llama-3-8b.q_proj"
+
+ROWS = (1, 2, 8, 32, 128, 512, 2048)
+FORMATS = ("int4", "nf4", "int8", "dense")
+RANKS = (0, 1, 8, 64)
+GROUPS = (1, 2, 8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One timed call of zo_linear: M rows in all, in `groups` row groups, over a [N, K] weight.
+
+    residency: "cache", one weight called again and again; "rotating", a ring of weights of at least 300 MB, so that each
+    call reads its weight from memory.
+    """
+
+    shape: str
+    M: int
+    format: str = "int4"
+    group_size: int = 64
+    rank: int = 8
+    groups: int = 2
+    residency: str = "cache"
+    threads: int = 1
+
+    @property
+    def N(self) -> int:
+        return SHAPES[self.shape][0]
+
+    @property
+    def K(self) -> int:
+        return SHAPES[self.shape][1]
+
+    @property
+    def flops(self) -> float:
+        """Multiply-adds of the base product, of h = x A and of h (C + sigma Z)^T, times two."""
+        return 2.0 * self.M * (self.N * self.K + self.rank * (self.K + 2 * self.N))
+
+    @property
+    def packed_bytes(self) -> float:
+        """Of codes and scales, which a call has to read once; fp32 scales, as every peer keeps them."""
+        bits = {"int4": 4, "nf4": 4, "int8": 8, "dense": 32}[self.format]
+        scales = 0 if self.format == "dense" else 32 / self.group_size
+        return self.N * self.K * (bits + scales) / 8
+
+    @property
+    def bytes(self) -> float:
+        """Packed weight, x, y, A and C, once each."""
+        return self.packed_bytes + 4.0 * (self.M * (self.N + self.K) + self.rank * (self.N + self.K))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.shape} {self.format} M={self.M} R={self.rank} G={self.groups} {self.residency}"
+            f"{'' if self.threads == 1 else f' threads={self.threads}'}"
+        )
+
+
+def full() -> Iterator[Case]:
+    """Every combination, groups only where they divide M."""
+    for shape, format, rank, groups, M in itertools.product(SHAPES, FORMATS, RANKS, GROUPS, ROWS):
+        if M % groups == 0 and (rank or groups == 1):
+            yield Case(shape, M, format, rank=rank, groups=groups)
+            if M <= 8:
+                yield Case(shape, M, format, rank=rank, groups=groups, residency="rotating")
+
+
+def targets() -> Iterator[Case]:
+    """The cases that the claims in the README are about: one ideal shape, the ZO linear and the bare product."""
+    for M in ROWS:
+        groups = 2 if M > 1 else 1
+        yield Case(IDEAL, M, "int4", rank=8, groups=groups)
+        yield Case(IDEAL, M, "int4", rank=0, groups=1)
+        if M <= 8:
+            yield Case(IDEAL, M, "int4", rank=8, groups=groups, residency="rotating")
+            yield Case(IDEAL, M, "int4", rank=0, groups=1, residency="rotating")
+        yield Case(IDEAL, M, "nf4", rank=0, groups=1)
+
+
+def smoke() -> Iterator[Case]:
+    """Seconds: shows that the harness works."""
+    for M in (1, 8, 64):
+        yield Case("smollm2-135m.up_proj", M, "int4", groups=2 if M > 1 else 1)
+    yield Case("smollm2-135m.down_proj", 8, "nf4")
+    yield Case("awkward.prime", 8, "int8")
+    yield Case("awkward.thin", 2, "dense")
+
+
+def quick() -> Iterator[Case]:
+    """Minutes: the demo model's layers and the ideal shape."""
+    for shape in ("smollm2-135m.q_proj", "smollm2-135m.up_proj", "smollm2-135m.down_proj", IDEAL):
+        for M in (1, 8, 128, 512):
+            yield Case(shape, M, "int4", rank=1 if shape != IDEAL else 8, groups=2 if M > 1 else 1)
+
+
+def scaling() -> Iterator[Case]:
+    """One thread against two; only an idle machine says anything here."""
+    for M in (32, 128, 512):
+        for threads in (1, 2):
+            yield Case(IDEAL, M, "int4", rank=8, groups=2, threads=threads)
+
+
+PROFILES = {"smoke": smoke, "quick": quick, "targets": targets, "scaling": scaling, "full": full}

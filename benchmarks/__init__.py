@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks.run` measures, `python -m benchmarks.report` turns what it wrote into tables and figures."""
+"""`python -m benchmarks.run` measures, `python -m benchmarks.report` turns it into tables and figures."""

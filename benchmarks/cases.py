@@ -32,8 +32,8 @@ GROUPS = (1, 2, 8)
 class Case:
     """One timed call of zo_linear: M rows in all, in `groups` row groups, over a [N, K] weight.
 
-    residency: "cache", one weight called again and again; "rotating", a ring of weights of at least 300 MB, so that each
-    call reads its weight from memory.
+    residency: "cache", one weight called again and again; "rotating", a ring of weights of at least 300 MB, so that
+    each call reads its weight from memory.
     """
 
     shape: str

@@ -100,7 +100,7 @@ def zoact(case: Case, data: Data) -> Call:
 
 
 def side_path(case: Case, data: Data) -> Callable[[Tensor], Tensor]:
-    """y += (x A) C^T for all rows at once, then sigma (x_g A) Z^T per group: one torch.randn a seed, two skinny products."""
+    """y += (x A) C^T for all rows, then sigma (x_g A) Z^T per group: one torch.randn a seed, two skinny products."""
     if data.basis is None:
         return lambda y: y
     basis, coeff, sigmas = data.basis, data.coeff, data.sigmas

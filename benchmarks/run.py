@@ -1,9 +1,9 @@
 """Measure a profile of the case table: `python -m benchmarks.run [--profile smoke|quick|targets|scaling|full]`.
 
-Each case passes a correctness gate, then all providers that serve it are timed interleaved. Results are appended as JSON
-lines, one a (case, provider), so an interrupted run keeps what it measured: {case…, provider, status, relerr, seconds:
-{p20, p50, p80}, ratio to ours round by round, gflops, gbytes, roof fractions, load}. The first line of a run describes
-the machine and its measured roof.
+Each case passes a correctness gate, then all providers that serve it are timed interleaved. Results are appended as
+JSON lines, one a (case, provider), so an interrupted run keeps what it measured: {case…, provider, status, relerr,
+seconds: {p20, p50, p80}, ratio to ours round by round, gflops, gbytes, roof shares, load}. The first line of a run
+describes the machine and its measured roof.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Top to bottom: a room imports only rooms above it. A folder is one room, but for its files that are named here.
 ROOMS = """
     rng layouts quantizers formats directions reference triton_ops native cpu_ops dispatch ops layers embedding
-    integrations.bitsandbytes swap basis estimators optim methods losses memory backend runlog plots trainer replay
+    integrations.bitsandbytes swap activations basis estimators optim methods losses memory backend runlog plots trainer replay
     distributed data demo integrations finetune study cli __main__
 """.split()
 
@@ -89,7 +89,7 @@ def test_imports_go_one_way() -> None:
             continue  # lists names of all rooms
         for line, name in imports(path, tree):
             target = room_of(name.removeprefix("zoact_kernels.")) if name.startswith("zoact_kernels.") else None
-            if target in ROOMS and target != room and ROOMS.index(target) > ROOMS.index(room):
+            if target in ROOMS and room in ROOMS and target != room and ROOMS.index(target) > ROOMS.index(room):
                 wrong.append(f"{path.relative_to(ROOT)}:{line}: {room} imports {target}, which stands below it")
     assert not wrong, "\n".join(wrong)
 
@@ -210,20 +210,10 @@ def test_no_host_or_device_branches() -> None:
 
 def test_kernels_share_nothing_across_isas() -> None:
     """No STL in a file compiled per ISA: the linker could keep the AVX-512 copy of a shared inline function."""
-    allowed = {
-        "cstdint",
-        "cstddef",
-        "cstring",
-        "cmath",
-        "climits",
-        "cfloat",
-        "cstdlib",
-        "type_traits",
-        "omp.h",
-        "immintrin.h",
-    }
+    allowed = "c(assert|float|limits|math|stddef|stdint|stdlib|string)|type_traits|omp.h|arm_neon.h|[a-z]+intrin.h"
     for path in native_sources():
         if path.name == "bindings.cpp":
             continue
         headers = set(re.findall(r"^\s*#\s*include\s*<([^>]+)>", path.read_text(), re.MULTILINE))
-        assert headers <= allowed, f"{path.relative_to(ROOT)} includes {sorted(headers - allowed)}"
+        shared = [header for header in headers if not re.fullmatch(allowed, header)]
+        assert not shared, f"{path.relative_to(ROOT)} includes {shared}"

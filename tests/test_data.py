@@ -210,9 +210,9 @@ def _bpe(bos: bool = False) -> Any:
 
 
 def _metaspace() -> Any:
-    """As sentencepiece: words begin with a mark, also the first of a text, so a word alone is not a word in a text."""
+    """As Llama 2's sentencepiece: a text gets a mark in front, so " person" alone is not what it is inside a text."""
     transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, models, normalizers, processors
 
     pieces = [
         "<unk>",
@@ -224,7 +224,7 @@ def _metaspace() -> Any:
     pieces += ["\n", "Type", ":", "ber", "num"]
     scores = [(piece, -float(i)) for i, piece in enumerate(pieces)]
     tokenizer = Tokenizer(models.Unigram(scores, unk_id=0))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"

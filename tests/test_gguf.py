@@ -488,7 +488,7 @@ DAMAGES = {
     "tensor count": (attribute(tensor_count=HUGE), "tensors takes .* bytes"),
     "one tensor more": (attribute(tensor_count=22), "tensor"),
     "pair count": (attribute(pair_count=1 << 60), "metadata entries"),
-    "one pair more": (attribute(pair_count=11), "metadata entry 10|value type|key"),
+    "one pair more": (attribute(pair_count=11), "announces"),
     "one pair less": (attribute(pair_count=9), "tensor"),
     "long key": (lambda f: f.metadata.update({"k" * 70000: 1}), "announces 70000 bytes; at most 65536"),
     "string length": (rewrite(note=struct.pack("<IQ", 8, HUGE)), "`note` announces"),

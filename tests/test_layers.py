@@ -10,7 +10,6 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from zoact_kernels import reference
-from zoact_kernels.formats import quantize
 from zoact_kernels.layers import ZOLinear, perturbation_of, perturbed, zo_layers
 
 SEEDS = torch.tensor([5, -6])
@@ -36,9 +35,10 @@ def test_forward_is_the_formula(format):
             y = layer(x)
     W = layer.dequantize(torch.float64)
     for g in range(3):
-        moved = layer.coeff.double() + reference.perturbation(
-            "normal", SEEDS, SIGMAS.double(), layer.param_id, 24, 2, 0, 0
-        )[g]
+        moved = (
+            layer.coeff.double()
+            + reference.perturbation("normal", SEEDS, SIGMAS.double(), layer.param_id, 24, 2, 0, 0)[g]
+        )
         rows = x[2 * g : 2 * g + 2].double()
         want = rows @ W.T + (rows @ layer.basis.double()) @ moved.T + layer.bias.double()
         assert (y[2 * g : 2 * g + 2] - want).abs().max() < 1e-5
@@ -60,7 +60,11 @@ def test_outside_the_block_the_layer_is_clean_even_after_an_error():
     with pytest.raises(KeyError), perturbed(layer, SEEDS, SIGMAS):
         raise KeyError
     assert torch.equal(layer(x), clean)
-    with perturbed(layer, SEEDS, SIGMAS), pytest.raises(RuntimeError, match="do not nest"), perturbed(layer, SEEDS, SIGMAS):
+    with (
+        perturbed(layer, SEEDS, SIGMAS),
+        pytest.raises(RuntimeError, match="do not nest"),
+        perturbed(layer, SEEDS, SIGMAS),
+    ):
         pass
 
 

@@ -264,14 +264,12 @@ def test_group_losses_nan(chunk_bytes: int) -> None:
     touched = [PROMPTS[2][0] in ids.tolist() for ids in rows.input_ids]
     found = group_losses(net, rows, 2, chunk_bytes=chunk_bytes)
     assert torch.isnan(found).tolist() == [touched, touched] and not all(touched)
-    net.lm_head.weight.data[3] = math.inf
-    assert not torch.isfinite(group_losses(_llama_with_inf(), _single())).any()
-
-
-def _llama_with_inf() -> nn.Module:
-    net = _llama()
-    net.lm_head.weight.data[11] = math.inf
-    return net
+    net, unused = _llama(), 3
+    assert unused not in rows.targets
+    net.lm_head.weight.data[unused] = math.nan  # a token nobody asks for is still in every softmax
+    assert torch.isnan(group_losses(net, rows, chunk_bytes=chunk_bytes)).all()
+    net.lm_head.weight.data[unused] = math.inf
+    assert not torch.isfinite(group_losses(net, rows, chunk_bytes=chunk_bytes)).any()
 
 
 def test_group_losses_grad() -> None:

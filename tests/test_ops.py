@@ -180,7 +180,9 @@ def test_costs_are_positive_and_roofs_known():
     assert "cpu" in ROOF
 
 
-@pytest.mark.parametrize("G, basis_per_group, use_projected", [(1, False, False), (2, False, False), (2, True, False), (2, False, True)])
+@pytest.mark.parametrize(
+    "G, basis_per_group, use_projected", [(1, False, False), (2, False, False), (2, True, False), (2, False, True)]
+)
 def test_autograd_zo_linear(G, basis_per_group, use_projected):
     args = linear_args(M=8, G=G, sigmas=torch.randn(G, 2) * 0.1)
     K, N = 96, 33
@@ -210,7 +212,11 @@ def test_autograd_zo_dense_linear_to_x_and_sigmas():
     for n in ("x", "sigmas"):
         args[n] = args[n].clone().requires_grad_()
     got = torch.autograd.grad(Z.zo_dense_linear.default(**args).square().sum(), [args["x"], args["sigmas"]])
-    truth = {**args, "x": args["x"].detach().double().requires_grad_(), "sigmas": args["sigmas"].detach().double().requires_grad_()}
+    truth = {
+        **args,
+        "x": args["x"].detach().double().requires_grad_(),
+        "sigmas": args["sigmas"].detach().double().requires_grad_(),
+    }
     want = torch.autograd.grad(
         reference.zo_dense_linear(**truth, compute=torch.float64).square().sum(), [truth["x"], truth["sigmas"]]
     )

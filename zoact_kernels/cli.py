@@ -126,6 +126,9 @@ def finetune(
     adapter: Annotated[str, _option("PEFT LoRA directory to continue from")] = "",
     steps: Annotated[int, _option("training steps")] = Recipe.steps,
     batch_size: Annotated[int, _option("examples a step")] = Recipe.batch_size,
+    length_window: Annotated[
+        int, _option("batches among which examples of similar length meet (0: any)")
+    ] = Recipe.length_window,
     micro_batch: Annotated[int, _option("examples of a step at a time (0: all)")] = Recipe.micro_batch,
     lr: Annotated[float, _option("learning rate on C")] = Recipe.lr,
     sigma: Annotated[float, _option("perturbation radius")] = Recipe.sigma,
@@ -325,7 +328,7 @@ def demo(
             display.said(f"stopped after {outcome.result.done} steps; continue: zoact demo --resume --out {out}")
             raise typer.Exit(128 + outcome.result.stopped_by)
         display.said("measuring a step beside the plain forward")
-        costs = room.compare_costs(outcome.result.optimizer, loaded.batch_at(recipe, 0))
+        costs = room.compare_costs(outcome.result.optimizer, loaded.training.batch_at(recipe, 0))
     with RunLog.open(out) as log:
         rebuilt = rebuild(log)
     ratio = costs.step_seconds / costs.forward_seconds

@@ -4,7 +4,6 @@ Each implementation either takes a problem or says why not; among those that tak
 `explain` tells all of it, `using` forces one, and a forced implementation that declines raises (design law 2.7).
 """
 
-
 from __future__ import annotations
 
 import contextlib
@@ -20,7 +19,7 @@ from .cpu_ops import Cpu
 
 
 class Problem(NamedTuple):
-    """Everything dispatch may look at. `features` names the optional parts of a call that an implementation may lack."""
+    """Everything dispatch may look at. `features` names the optional parts of a call that an implementation may lack"""
 
     op: str
     device: str  # type only: "cpu", "cuda"

@@ -26,13 +26,14 @@ import torch
 from torch import nn
 
 from . import demo, memory
-from .data import DataError, Dataset, Example, Task, read, step_indices
+from .data import DataError, Dataset, Example, Task, order, read, step_indices
 from .integrations.peft import export_lora, import_lora
 from .integrations.transformers import load_model
 from .layers import zo_layers
 from .losses import Batch, group_losses
 from .methods import ZOAct
 from .plots import draw_curve
+from .rng import seed_for
 from .runlog import EvalRow, RunLog, update_hash, write_whole, writing
 from .swap import ZOConfig
 from .trainer import Recipe, Result, Watch, base_hash, train
@@ -111,16 +112,38 @@ class Job:
         return {name: json.loads(json.dumps(getattr(self, name))) for name in kept}
 
 
-class Loaded(NamedTuple):
-    """A job's model and data, ready to train."""
+class Part:
+    """A tokenised data set. lengths: int64 [n], tokens of each example's longest sequence. sha256: of all of it."""
 
-    model: nn.Module
-    training: Dataset
-    held_out: Dataset | None
-    identity: dict[str, Any]
+    def __init__(self, dataset: Dataset) -> None:
+        digest, lengths = hashlib.sha256(), []
+        for batch in dataset.batches(256):
+            for name, tensor in vars(batch).items():
+                if isinstance(tensor, torch.Tensor):
+                    update_hash(digest, name, tensor)
+            lengths.append(batch.attention_mask.sum(1).view(-1, batch.choices).amax(1))
+        self.dataset, self.sha256, self.lengths = dataset, digest.hexdigest(), torch.cat(lengths).numpy()
 
     def batch_at(self, recipe: Recipe, step: int) -> Batch:
-        return self.training.batch(step_indices(recipe.seed, step, len(self.training), recipe.batch_size))
+        """The training batch of a step, a pure function of (recipe.seed, step) and of the data."""
+        if recipe.length_window:
+            chosen = grouped_indices(recipe.seed, step, self.lengths, recipe.batch_size, recipe.length_window)
+        else:
+            chosen = step_indices(recipe.seed, step, len(self.dataset), recipe.batch_size)
+        return self.dataset.batch(chosen)
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """All examples, the short ones first: fewer pads."""
+        return self.dataset.batches(batch_size, np.argsort(self.lengths, kind="stable"))
+
+
+class Loaded(NamedTuple):
+    """A job's model and data, ready to train. identity: what a resumed run has to repeat."""
+
+    model: nn.Module
+    training: Part
+    held_out: Part | None
+    identity: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -163,13 +186,13 @@ def load(job: Job, *, adapter: bool = True) -> Loaded:
         for name, layer in zo_layers(model).items():
             if name not in named:
                 layer.rank, layer.coeff, layer.basis = 0, None, None
-    sets = [
-        Dataset(examples, task, tokenizer, max_length=job.max_length, classifier=job.classifier) if examples else None
+    parts = [
+        Part(Dataset(examples, task, tokenizer, max_length=job.max_length, classifier=job.classifier))
         for examples in (training, held_out)
+        if examples
     ]
-    assert sets[0] is not None
-    hashes = {"train": _data_hash(sets[0]), "eval": _data_hash(sets[1]) if sets[1] else ""}
-    return Loaded(model, sets[0], sets[1], {**job.claims(), **hashes})
+    hashes = {"train": parts[0].sha256, "eval": parts[1].sha256 if held_out else ""}
+    return Loaded(model, parts[0], parts[1] if held_out else None, {**job.claims(), **hashes})
 
 
 def finetune(
@@ -184,7 +207,7 @@ def finetune(
         loaded.model,
         recipe,
         directory,
-        batch_at=lambda step: loaded.batch_at(recipe, step),
+        batch_at=lambda step: loaded.training.batch_at(recipe, step),
         held_out=None if held_out is None else lambda: held_out.batches(job.eval_batch),
         identity=loaded.identity,
         notes={"job": asdict(job), "title": f"{Path(job.model).stem}: {job.demo or Path(job.train).stem}"},
@@ -228,14 +251,21 @@ def _outcome(log: RunLog, result: Result, model: nn.Module) -> Outcome:
     )
 
 
-def _data_hash(dataset: Dataset) -> str:
-    """sha256 over what the model will be fed, in file order."""
-    digest = hashlib.sha256()
-    for batch in dataset.batches(256):
-        for name, tensor in vars(batch).items():
-            if isinstance(tensor, torch.Tensor):
-                update_hash(digest, name, tensor)
-    return digest.hexdigest()
+def grouped_indices(run_seed: int, step: int, lengths: np.ndarray, batch_size: int, window: int) -> np.ndarray:
+    """Like `data.step_indices`, but examples of similar length meet: fewer pads, which cost what tokens cost.
+
+    An epoch's permutation is cut into windows of `window` batches, each sorted by length and cut into batches; the
+    batches of the epoch are then shuffled. On TREC with 16 questions a batch this halves the rows.
+    """
+    n = len(lengths)
+    steps = max(1, n // batch_size)
+    epoch, index = divmod(step, steps)
+    permutation = order(run_seed, epoch, n)[: steps * batch_size]
+    batch = order(seed_for(run_seed, epoch), 0, steps)[index]
+    start = batch // window * window * batch_size
+    members = permutation[start : start + window * batch_size]
+    members = members[np.argsort(lengths[members], kind="stable")]
+    return members[batch % window * batch_size :][:batch_size]
 
 
 # --- comparisons ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from . import native, ops  # noqa: F401  (ops registers torch.ops.zoact)
+from . import native, ops  # ops registers torch.ops.zoact
 from .formats import FORMATS, PackedWeight
 
 
@@ -75,8 +75,17 @@ class ZOLinear(nn.Module):
     The packed tensors, A and C keep their dtypes under `model.to(dtype)`. `state_dict` holds the weight in row layout.
     """
 
-    coeff: nn.Parameter | None
+    weight: Tensor
+    scale: Tensor | None
+    offset: Tensor | None
+    nested: Tensor | None
+    bias: Tensor | None
+    basis: Tensor | None
+    base_basis: Tensor | None
+    base_coeff: Tensor | None
     sigma_scale: Tensor | None
+    param_id: Tensor
+    coeff: nn.Parameter | None
 
     def __init__(
         self,
@@ -89,9 +98,8 @@ class ZOLinear(nn.Module):
         perturbation: Perturbation | None = None,
     ) -> None:
         super().__init__()
-        limit = min(packed.in_features, packed.out_features)
         if not 0 <= rank <= packed.in_features:
-            raise ValueError(f"`rank` is {rank}; layer {name!r} has in_features={packed.in_features}, allowed 0..{limit}")
+            raise ValueError(f"`rank` is {rank}; layer {name!r} with in_features={packed.in_features} allows 0 to that")
         self.in_features, self.out_features = packed.in_features, packed.out_features
         self.format, self.layout, self.group_size = packed.format, packed.layout, packed.group_size
         self.rank, self.name = rank, name
@@ -257,7 +265,7 @@ class ZOLinear(nn.Module):
         out = torch.zeros(self.out_features, self.in_features, device=self.weight.device)
         if self.basis is not None and self.coeff is not None:
             out += self.coeff.detach() @ self.basis.T
-        if self.base_basis is not None:
+        if self.base_basis is not None and self.base_coeff is not None:
             out += self.base_coeff @ self.base_basis.T
         return out
 
@@ -324,9 +332,7 @@ class ZOLinear(nn.Module):
             if tensor is not None and (getattr(self, key) is None or getattr(self, key).shape != tensor.shape):
                 setattr(self, key, torch.empty_like(tensor, device=self.weight.device))
         del basis, coeff
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
 
 
 def zo_layers(model: nn.Module) -> dict[str, ZOLinear]:

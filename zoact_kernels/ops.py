@@ -61,14 +61,15 @@ def _check_weight(
         return
     flat = scale is not None and scale.dim() == 1 and weight.dim() == 1 and layout == "row"
     shapes = expected_shapes(format, layout, group_size, out_features, in_features, flat)
-    for name, tensor, shape in (("weight", weight, shapes[0]), ("scale", scale, shapes[1]), ("offset", offset, shapes[1])):
+    stored = (("weight", weight, shapes[0]), ("scale", scale, shapes[1]), ("offset", offset, shapes[1]))
+    for name, tensor, shape in stored:
         if tensor is None:
             if name == "scale" and format != "dense":
                 raise ValueError(f"`scale` is None; {format} needs one of shape {shape}")
             continue
         if tensor.shape != shape:
             raise ValueError(
-                f"`{name}` has shape {tuple(tensor.shape)}; {format} in layout {layout!r} with group_size {group_size}, "
+                f"`{name}` has shape {tuple(tensor.shape)}; {format}, layout {layout!r}, group_size {group_size}, "
                 f"out_features={out_features}, in_features={in_features} needs {shape}"
             )
         if tensor.device != x.device:
@@ -202,7 +203,6 @@ def linear_problem(
     )
 
 
-
 _WEIGHT = "Tensor? weight, Tensor? scale, Tensor? offset, Tensor? nested"
 _STORED = "str format, str layout, int group_size, int out_features"
 _SEEDED = "int groups=1, int row_offset=0, int cols=0"
@@ -236,7 +236,8 @@ def _zo_linear(x, weight, scale, offset, nested, bias, base_basis, base_coeff, b
                seeds, sigmas, param_id, format, layout, group_size, out_features, noise="normal", groups=1,
                row_offset=0, cols=0):  # fmt: skip
     args = (x, weight, scale, offset, nested, bias, base_basis, base_coeff, basis, coeff, coeff_groups, projected,
-            seeds, sigmas, param_id, format, layout, group_size, out_features, noise, groups, row_offset, cols)  # fmt: skip
+            seeds, sigmas, param_id, format, layout, group_size, out_features, noise, groups,
+            row_offset, cols)  # fmt: skip
     return implementation(linear_problem(*args)).zo_linear(*args)
 
 
@@ -406,7 +407,7 @@ def _zo_dense_linear_backward(ctx, grad):
                 weight, scale, offset, nested, format, layout, group_size, N, K, torch.float32, start, rows
             )
             grad_x += g @ w
-        if seeds is None:
+        if seeds is None or sigmas is None:
             continue
         factor = reference.noise_factor(w, noise_scale, mask, mask_value, mask_seed, param_id, start, rows, K,
                                         row_offset, cols)  # fmt: skip
@@ -414,10 +415,10 @@ def _zo_dense_linear_backward(ctx, grad):
         for s in range(seeds.shape[0]):
             z = reference.noise_rows(noise, seeds[s], param_id, start, rows, K, row_offset, cols) * factor
             grad_x += sigmas[:, s, None, None] * (g @ z)
-            if product is not None:
+            if product is not None and grad_sigmas is not None:
                 grad_sigmas[:, s] += (product * z).sum((1, 2))
     grad_bias = grad.reshape(-1, N).sum(0).to(bias.dtype) if bias is not None and ctx.needs_input_grad[5] else None
-    grads = [None] * 12
+    grads: list[Tensor | None] = [None] * 12
     grads[0], grads[5], grads[7] = grad_x.to(x.dtype).view(x.shape), grad_bias, grad_sigmas
     return *grads, *(None for _ in ctx.rest)
 
@@ -518,9 +519,7 @@ for _name, _function, _fake in (
     library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"zoact::{_name}", _fake, lib=library)
 
-torch.library.register_autograd(
-    "zoact::zo_linear", _zo_linear_backward, setup_context=_zo_linear_setup, lib=library
-)
+torch.library.register_autograd("zoact::zo_linear", _zo_linear_backward, setup_context=_zo_linear_setup, lib=library)
 torch.library.register_autograd(
     "zoact::zo_dense_linear", _zo_dense_linear_backward, setup_context=_zo_dense_linear_setup, lib=library
 )

@@ -237,10 +237,7 @@ def zo_dense_linear(
         else:
             z = perturbation(noise, seeds, sigmas.to(compute), param_id, N, K, row_offset, cols)
         clean = None if w is None else w.dequantize(torch.float32)
-        factor = noise_factor(
-            clean, noise_scale, mask, mask_value, mask_seed, param_id, 0, N, K, row_offset, cols
-        )
-        z = z * factor
+        z = z * noise_factor(clean, noise_scale, mask, mask_value, mask_seed, param_id, 0, N, K, row_offset, cols)
         y = y + (xs.view(groups, size, K) @ z.transpose(1, 2)).flatten(0, 1)
     if bias is not None:
         y = y + bias.to(compute)
@@ -329,15 +326,13 @@ def zo_perturb_(
             delta = delta + g[:, r, None] * basis[:, r]
     clean = w.float()
     moved = clean + delta
-    if mask == "magnitude":
+    if mask == "magnitude" and mask_value is not None:
         moved = torch.where(clean.abs() <= mask_value, moved, clean)
-    elif mask == "random":
+    elif mask == "random" and mask_value is not None and mask_seed is not None:
         part = rng.mask(
             mask_seed, param_id, mask_value, rows, columns, row_offset=row_offset, total_cols=total, device=w.device
         )
         moved = torch.where(part, moved, clean)
     if rounding_seed is not None and w.dtype != torch.float32:
-        moved = rng.round_stochastic(
-            moved, w.dtype, rounding_seed, param_id, row_offset=row_offset, total_cols=total
-        )
+        moved = rng.round_stochastic(moved, w.dtype, rounding_seed, param_id, row_offset=row_offset, total_cols=total)
     w.copy_(moved)

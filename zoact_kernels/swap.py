@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import rng
-from .formats import FORMATS, PackedWeight, quantize
+from .formats import FORMATS, quantize
 from .integrations.bitsandbytes import from_linear4bit, is_linear4bit, to_linear4bit
 from .layers import Perturbation, ZOLinear, best_layout, perturbation_of, perturbed, zo_layers
 
@@ -138,8 +138,16 @@ def swap(
         layer = _convert(name, module, config, ids[f"{name}.weight"], handle)
         dense_nbytes = math.prod(_shape(module)) * layer.dense_dtype.itemsize
         swapped.append(
-            Swapped(name, type(module).__name__, layer.format, layer.layout, _shape(module), layer.rank,
-                    layer.packed().nbytes, dense_nbytes)  # fmt: skip
+            Swapped(
+                name,
+                type(module).__name__,
+                layer.format,
+                layer.layout,
+                _shape(module),
+                layer.rank,
+                layer.packed().nbytes,
+                dense_nbytes,
+            )
         )
         _replace(model, name, layer)
     return SwapReport(tuple(swapped), skipped)
@@ -165,7 +173,8 @@ def unswap(model: nn.Module, merge: bool = False) -> nn.Module:
             layer.in_features, layer.out_features, bias is not None, device="meta", dtype=layer.dense_dtype
         )
         linear.weight = nn.Parameter(weight)
-        linear.bias = None if bias is None else nn.Parameter(bias)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias)
         _replace(model, name, linear)
     return model
 
@@ -198,14 +207,16 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features)."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
-    in_features, out_features = module.weight.shape  # type: ignore[union-attr]
-    return out_features, in_features
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[1], weight.shape[0]
 
 
 def _candidates(model: nn.Module, config: ZOConfig, where: Where) -> tuple[dict[str, nn.Module], dict[str, str]]:
     chosen: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if callable(find_head) else None
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
@@ -221,8 +232,7 @@ def _candidates(model: nn.Module, config: ZOConfig, where: Where) -> tuple[dict[
             skipped[name] = f"its weight is tied to {owners[id(parameter)]!r}"
         elif isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             skipped[name] = "its owner uses the weight without calling it"
-        elif type(module) is not nn.Linear and isinstance(module, nn.Linear) and not is_linear4bit(module) \
-                and type(module).forward is not nn.Linear.forward:  # fmt: skip
+        elif _has_own_forward(module):
             skipped[name] = f"{type(module).__name__} has a forward of its own"
         elif not _wanted(where, name, module):
             skipped[name] = "`where` leaves it out"
@@ -232,6 +242,11 @@ def _candidates(model: nn.Module, config: ZOConfig, where: Where) -> tuple[dict[
             owners[id(parameter)] = name
             chosen[name] = module
     return chosen, skipped
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    return own and not is_linear4bit(module)
 
 
 def _wanted(where: Where, name: str, module: nn.Module) -> bool:
@@ -247,9 +262,11 @@ def _convert(name: str, module: nn.Module, config: ZOConfig, param_id: int, hand
     origin, bias = "linear", getattr(module, "bias", None)
     if is_linear4bit(module):
         origin, packed = "linear4bit", from_linear4bit(module)
-        dense_dtype = module.weight.quant_state.dtype  # type: ignore[union-attr]
+        dense_dtype: torch.dtype = module.weight.quant_state.dtype  # type: ignore[union-attr, assignment]
     else:
-        weight = module.weight.detach()  # type: ignore[union-attr]
+        parameter = module.weight
+        assert isinstance(parameter, Tensor)
+        weight = parameter.detach()
         if _is_conv1d(module):
             origin, weight = "conv1d", weight.T
         dense_dtype = weight.dtype
@@ -289,10 +306,7 @@ def _dry_run(model: nn.Module, chosen: dict[str, nn.Module], example: Any) -> di
     reasons: dict[str, str] = {}
     for (args, kwargs), tokens in examples:
         calls: dict[str, list[Tensor]] = {name: [] for name in chosen}
-        handles = [
-            module.register_forward_pre_hook(lambda _, inputs, name=name: calls[name].append(inputs[0].detach()))
-            for name, module in chosen.items()
-        ]
+        handles = [_record(module, calls[name]) for name, module in chosen.items()]
         training = model.training
         model.eval()
         batch = _leading(args, kwargs)
@@ -312,6 +326,10 @@ def _dry_run(model: nn.Module, chosen: dict[str, nn.Module], example: Any) -> di
     return reasons
 
 
+def _record(module: nn.Module, seen: list[Tensor]) -> torch.utils.hooks.RemovableHandle:
+    return module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+
+
 def _regroups(x: Tensor, batch: int, tokens: int | None) -> str | None:
     rows = x.shape[0] if x.dim() > 1 else 0
     flat = x.dim() == 2 and (rows % batch == 0 if tokens is None else rows == batch * tokens)
@@ -328,7 +346,7 @@ def _made_up(model: nn.Module) -> list[tuple[tuple[tuple, dict], int | None]]:
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocabulary is None or not hasattr(model, "get_input_embeddings"):
         return []
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     made: list[tuple[tuple[tuple, dict], int | None]] = []
     for sequences, tokens in ((3, 5), (2, 7)):
         ids = (torch.arange(sequences * tokens, device=device).view(sequences, tokens) * 7919 + 11) % vocabulary

@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,15 @@ FREE = ("eval_every", "snapshot_every")  # of a recipe: may change at resume, si
 class Recipe:
     """What is trained and how. Defaults are the method's (ZO-Act, rank-1 basis, Adam on C).
 
-    batch_size examples a step, run `micro_batch` at a time (0: all at once). The basis comes from the batches of the
-    first `basis_batches` steps. eval_every, snapshot_every: in steps; 0 means only before and after.
+    batch_size examples a step, of similar length among `length_window` batches (0: of any length), run `micro_batch` at
+    a time (0: all at once). The basis comes from the batches of the first `basis_batches` steps. eval_every,
+    snapshot_every: in steps; 0 means only before and after.
     The others are arguments of `ZOAct` and `compute_basis`.
     """
 
     steps: int = 200
     batch_size: int = 16
+    length_window: int = 8
     micro_batch: int = 0
     sigma: float = 1e-3
     queries: int = 1
@@ -66,14 +68,20 @@ class Recipe:
     seed: int = 0
     noise: str = "normal"
     floor_every: int = 100
-    basis_batches: int = 4
-    basis_method: str = "gram"
+    basis_batches: int = 2
+    basis_method: str = "power"
     basis_without_first: bool = False
     eval_every: int = 0
     snapshot_every: int = 50
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 0), ("batch_size", 1), ("micro_batch", 0), ("basis_batches", 1)):
+        for name, least in (
+            ("steps", 0),
+            ("batch_size", 1),
+            ("length_window", 0),
+            ("micro_batch", 0),
+            ("basis_batches", 1),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it has to be at least {least}")
         for name in FREE:

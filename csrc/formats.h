@@ -20,13 +20,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifndef ZO_HD
-#ifdef __CUDACC__
-#define ZO_HD __host__ __device__
-#else
-#define ZO_HD
-#endif
-#endif
+#include "philox.h"  // ZO_HD
 
 namespace zo {
 

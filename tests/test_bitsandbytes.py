@@ -77,6 +77,20 @@ def test_quantize_is_theirs(format: str, blocksize: int) -> None:
 
 
 @pytest.mark.parametrize("format", ("nf4", "fp4"))
+@pytest.mark.parametrize("K", (93, 128))
+def test_ties_are_theirs(format: str, K: int) -> None:
+    """Weights at thresholds times an odd absmax: they multiply whole blocks by 1 / absmax and divide the short one."""
+    values = torch.tensor(sorted(FORMATS[format].table))
+    ties = ((values[:-1] + values[1:]) / 2).repeat(7)[: K - 1]
+    absmax = 1 + torch.rand(200, 1)
+    for shift in (-1, 0, 1):
+        w = torch.cat((absmax, absmax * ties * (1 + shift * 2.0**-23)), dim=1)
+        for row in w:  # each a short block, or a whole one
+            theirs, _ = bnb.functional.quantize_4bit(row[None], blocksize=128, quant_type=format)
+            assert torch.equal(quantize(row[None], format, 128, flat=True).weight.reshape(-1), swapped(theirs))
+
+
+@pytest.mark.parametrize("format", ("nf4", "fp4"))
 @pytest.mark.parametrize("nested", (False, True))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dequantize_is_theirs(format: str, nested: bool, dtype: torch.dtype) -> None:

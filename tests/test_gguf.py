@@ -132,6 +132,7 @@ class Tiny:
         return dense
 
     def forge(self) -> Forge:
+        """The same, honest so far."""
         return Forge(self.metadata(), [(n, CODES[k], s, d.tobytes()) for n, (k, d, s) in self.tensors().items()])
 
 
@@ -283,6 +284,8 @@ def test_load_gguf_config(tmp_path):
     assert zo_layers(model)["model.layers.0.mlp.up_proj"].format == "dense"
     with pytest.raises(ValueError, match=r"`rank` is 97.*in_features=96"):
         load_gguf_model(path, ZOConfig(rank=97))
+    with pytest.raises(ValueError, match="they leave none of 14 linears"):
+        load_gguf_model(path, config, where="*.conv")
     with pytest.raises(ValueError, match=r"`dtype` is torch\.float64"):
         load_gguf_model(path, dtype=torch.float64)
     loaded = load_model(path, config)
@@ -625,7 +628,7 @@ def test_load_gguf_fuzz(tmp_path, seed):
     good, header = forge.bytes(), len(forge.header())
     refused = 0
     tracemalloc.start()
-    for _ in range(250):
+    for _ in range(120):
         data = bytearray(good)
         for _ in range(int(generator.integers(1, 4))):
             at = int(generator.integers(0, header))
@@ -647,7 +650,7 @@ def test_load_gguf_fuzz(tmp_path, seed):
             assert str(path) in str(error)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert refused > 100 and peak < 32 << 20
+    assert refused > 40 and peak < 32 << 20
 
 
 def test_load_gguf_other_files(tmp_path):

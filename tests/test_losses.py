@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from zoact_kernels.losses import (
     Batch,
+    _RunOnce,
     cross_entropy,
     evaluate,
     group_losses,
@@ -248,12 +249,22 @@ def test_batch_rows() -> None:
     assert _single().to("cpu").rows.tolist() == [0, 1, 2, 3]
 
 
-def test_group_losses_moves_with_the_last_bit() -> None:
-    """fp64 from the scores on: a change of one fp32 ulp in one logit is a different loss (design 2.5)."""
-    scores = torch.tensor([[7.0, 0.0]], dtype=torch.float32)
-    moved = torch.nextafter(scores, torch.tensor(9.0))
-    one, two = (cross_entropy(s.double(), torch.tensor([1])) for s in (scores, moved))
-    assert one != two and abs(float(two - one)) < 1e-6
+def test_cross_entropy_moves_with_the_last_bit() -> None:
+    """fp64 from the scores on: one fp32 ulp in one logit, 6e-8 here, moves a loss whose own fp32 ulp is 1e-6."""
+    one, two = torch.tensor([[12.0, 0.5]]), torch.tensor([[12.0, 0.5 + 2.0**-24]])
+    losses = [float(cross_entropy(scores.double(), torch.tensor([1]))) for scores in (one, two)]
+    assert losses[0] - losses[1] == pytest.approx(2.0**-24, rel=1e-4)
+
+
+def test_run_once() -> None:
+    """The stand-in for a body runs it once, and keeps one token of its output alive, not all of it."""
+    body = _llama().model
+    once, ids = _RunOnce(body), torch.tensor(_tokens(9, 9))
+    assert once.config is body.config
+    first, second = once(input_ids=ids).last_hidden_state, once(input_ids=ids).last_hidden_state
+    assert first.shape == (2, 9, 24) and second.shape == (1, 1, 24)
+    assert second.untyped_storage().nbytes() == 24 * 4
+    assert once(input_ids=ids).last_hidden_state is second
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 1 << 20])

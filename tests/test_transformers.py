@@ -245,6 +245,8 @@ def test_load_model_names_what_is_wrong(copy, llama, streamed):
         load_model(copy, task="speech")
     with pytest.raises(ValueError, match=r"`rank` is 49.*q_proj.*in_features=48"):
         load_model(copy, ZOConfig(rank=49))
+    with pytest.raises(ValueError, match="they leave none of 15 linears"):
+        load_model(copy, where="*.conv")
     index = copy / "model.safetensors.index.json"
     for text, message in (
         ("{", "damaged"),
@@ -283,6 +285,13 @@ def test_load_model_not_finite(copy, streamed):
         load_model(copy)
 
 
+def test_load_model_needs_its_config(copy, streamed):
+    for text in ("{", None):
+        (copy / "config.json").write_text(text) if text else (copy / "config.json").unlink()
+        with pytest.raises(ValueError, match=r"needs a `config\.json`"):
+            load_model(copy)
+
+
 def test_load_model_runs_no_code(copy, streamed):
     """`auto_map` and a Python file beside the weights stay words."""
     config = json.loads((copy / "config.json").read_text())
@@ -308,7 +317,9 @@ def test_load_model_reads_each_tensor_alone(tmp_path, monkeypatch, streamed):
     assert max(alive) <= 64 * 80
 
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        linears = [k for k in file.keys() if file.get_slice(k).get_shape()[1:] and "embed" not in k and "head" not in k]
+        linears = [
+            k for k in sorted(file.keys()) if file.get_slice(k).get_shape()[1:] and "embed" not in k and "head" not in k
+        ]
         assert sum(alive) == sum(file.get_tensor(k).numel() for k in linears)
 
 

@@ -31,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune low-bit language models by forward passes only. --debug shows tracebacks.",
 )
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)  # files get whole lines
 
 
 class Display(Watch):
@@ -70,10 +70,12 @@ class Display(Watch):
         loss = result.loss
         if math.isfinite(loss):  # over about 20 steps
             self.loss = loss if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * loss
-        peak = memory.highest()
-        held = "" if peak is None or self.start is None else f" | peak +{memory.human(peak - self.start)}"
-        text = f"loss {self.loss:.4f}{self.accuracy} | {row.tokens / row.seconds:,.0f} tokens/s{held}"
-        self.progress.update(self.task, completed=row.step + 1, description=text)
+        parts = [f"loss {self.loss:.4f}{self.accuracy}", f"{row.tokens / row.seconds:,.0f} tokens/s"]
+        if row.floor > 0:
+            parts.append(f"signal {row.signal / row.floor:,.0f} x rounding")
+        if (peak := memory.highest()) is not None and self.start is not None:
+            parts.append(f"peak +{memory.human(peak - self.start)}")
+        self.progress.update(self.task, completed=row.step + 1, description=" | ".join(parts))
 
     def evaluating(self, step: int) -> None:
         self.progress.update(self.task, description=f"evaluating after {step} steps")
@@ -286,13 +288,14 @@ def explain(
     config = ZOConfig(format=format, group_size=group_size, rank=rank, ranks=_ranks(ranks))
     loaded = load_model(model, config)
     told = explain_layers(loaded.model, rows, groups, seeds=1)
-    columns = ("layer", "format", "layout", "out x in", "rank", "runs on", "bytes")
-    table = Table(*columns, title=model)
+    table = Table(title=model)
+    for column in ("layer", "format", "layout", "out x in", "rank", "runs on", "bytes"):
+        table.add_column(column, no_wrap=True)
     refusals: Counter[str] = Counter()
     total = parameters = 0
     for name, layer in zo_layers(loaded.model).items():
         why, size = told[name], layer.packed().nbytes
-        kind = layer.format if layer.group_size == -1 else f"{layer.format} group {layer.group_size}"
+        kind = layer.format if layer.group_size == -1 else f"{layer.format}/{layer.group_size}"
         shape = f"{layer.out_features} x {layer.in_features}"
         table.add_row(name, kind, layer.layout, shape, str(layer.rank), why.chosen, f"{size:,}")
         total, parameters = total + size, parameters + layer.rank * layer.out_features

@@ -52,7 +52,7 @@ def dwords(packed: Tensor, K: int, padding: int) -> Tensor:
 
 
 def row_major(matrix: Tensor) -> Tensor:
-    """Strides (C, 1), so that bytes and dwords can be viewed; .contiguous() leaves any stride to a single row or column."""
+    """Strides (C, 1), so that dwords can be viewed as bytes; .contiguous() leaves any to a single row or column."""
     C = matrix.shape[1]
     return matrix if matrix.stride() == (C, 1) else matrix.clone(memory_format=torch.contiguous_format)
 

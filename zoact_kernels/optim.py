@@ -71,7 +71,8 @@ class SGD:
         skipped: C, moments and t stay as they are, bit for bit, whatever the weights hold.
         """
         t = self.t + 1
-        beta1, beta2 = self.betas
+        # As the kernel sees them: 1 - fp32(0.999) is off by 1.3e-5, and the correction has to match it.
+        beta1, beta2 = (torch.tensor(beta, dtype=torch.float32).item() for beta in self.betas)
         hyper = (lr, beta1, beta2, self.eps, self.weight_decay, 1 - beta1**t, 1 - beta2**t)
         self.hyper.copy_(torch.tensor(hyper, dtype=torch.float64))
         self.skip.fill_(skipped)

@@ -36,8 +36,8 @@ class ZOConfig:
     """What a swapped layer is made of.
 
     rank 0 is plain low-bit inference. `ranks` maps name patterns (fnmatch) to ranks of their own, first match wins.
-    `group_size` None takes the format's default, -1 is one group a row. `skip` are name patterns never swapped, besides
-    the model's output embeddings.
+    `group_size` None takes the format's default, -1 is one group a row. `skip` are name patterns left alone, besides
+    model's output embeddings, where `swap` is not given a `where` of its own.
     """
 
     format: str = "int4"
@@ -112,8 +112,8 @@ def swap(
             model is unchanged unless a weight is at fault (its name is in the message).
     """
     config = config or ZOConfig()
-    chosen, skipped = _candidates(model, config, where)
-    observed = _dry_run(model, chosen, example)
+    chosen, skipped = candidates(model, config, where)
+    observed = dry_run(model, chosen, example)
     for name in list(chosen):
         reason = observed.get(name)
         if reason:
@@ -123,10 +123,10 @@ def swap(
         said = "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "it has no linear layer"
         raise ValueError(f"`model` has no layer to swap: {said}")
     for name, module in chosen.items():
-        in_features = _shape(module)[1]
+        in_features = shape_of(module)[1]
         if config.rank_of(name) > in_features:
             raise ValueError(f"`rank` is {config.rank_of(name)}, but layer {name!r} has in_features={in_features}")
-    every = [f"{name}.weight" for name, module in model.named_modules() if _is_linear(module)]
+    every = [f"{name}.weight" for name, module in model.named_modules() if is_linear(module)]
     already = zo_layers(model)
     every += [f"{name}.weight" for name in already]
     ids = rng.assign_param_ids(every)
@@ -136,20 +136,20 @@ def swap(
         if progress:
             progress(name)
         layer = _convert(name, module, config, ids[f"{name}.weight"], handle)
-        dense_nbytes = math.prod(_shape(module)) * layer.dense_dtype.itemsize
+        dense_nbytes = math.prod(shape_of(module)) * layer.dense_dtype.itemsize
         swapped.append(
             Swapped(
                 name,
                 type(module).__name__,
                 layer.format,
                 layer.layout,
-                _shape(module),
+                shape_of(module),
                 layer.rank,
                 layer.packed().nbytes,
                 dense_nbytes,
             )
         )
-        _replace(model, name, layer)
+        put(model, name, layer)
     return SwapReport(tuple(swapped), skipped)
 
 
@@ -162,12 +162,12 @@ def unswap(model: nn.Module, merge: bool = False) -> nn.Module:
     for name, layer in zo_layers(model).items():
         bias = None if layer.bias is None else layer.bias.clone()
         if layer.origin == "linear4bit" and not merge:
-            _replace(model, name, to_linear4bit(layer.packed(), bias, layer.dense_dtype))
+            put(model, name, to_linear4bit(layer.packed(), bias, layer.dense_dtype))
             continue
         weight = layer.dequantize(torch.float32) + layer.delta() if merge else layer.dequantize(layer.dense_dtype)
         weight = weight.to(layer.dense_dtype)
         if layer.origin == "conv1d":
-            _replace(model, name, _to_conv1d(weight, bias))
+            put(model, name, _to_conv1d(weight, bias))
             continue
         linear = nn.Linear(
             layer.in_features, layer.out_features, bias is not None, device="meta", dtype=layer.dense_dtype
@@ -175,7 +175,7 @@ def unswap(model: nn.Module, merge: bool = False) -> nn.Module:
         linear.weight = nn.Parameter(weight)
         if bias is not None:
             linear.bias = nn.Parameter(bias)
-        _replace(model, name, linear)
+        put(model, name, linear)
     return model
 
 
@@ -184,7 +184,7 @@ def merge(model: nn.Module) -> nn.Module:
     return unswap(model, merge=True)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D, GPT-2's linear layer: weight [K, N]. Known by name, so that nothing is imported to ask."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
@@ -199,11 +199,11 @@ def _to_conv1d(weight: Tensor, bias: Tensor | None) -> nn.Module:
     return module
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
+def shape_of(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features)."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
@@ -212,7 +212,7 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return weight.shape[1], weight.shape[0]
 
 
-def _candidates(model: nn.Module, config: ZOConfig, where: Where) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def candidates(model: nn.Module, config: ZOConfig, where: Where) -> tuple[dict[str, nn.Module], dict[str, str]]:
     chosen: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     find_head = getattr(model, "get_output_embeddings", None)
@@ -220,23 +220,23 @@ def _candidates(model: nn.Module, config: ZOConfig, where: Where) -> tuple[dict[
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
-            if key == "weight" and not _is_linear(module):
+            if key == "weight" and not is_linear(module):
                 owners[id(parameter)] = name
     for name, module in model.named_modules():
-        if not _is_linear(module):
+        if not is_linear(module):
             continue
         parameter = getattr(module, "weight", None)
-        if module is head or any(fnmatch.fnmatch(name, pattern) for pattern in config.skip):
-            skipped[name] = "output embeddings and `skip` patterns are left alone by default"
+        if where is None and (module is head or any(fnmatch.fnmatch(name, pattern) for pattern in config.skip)):
+            skipped[name] = "output embeddings and `skip` patterns are left alone unless `where` names them"
         elif id(parameter) in owners:
             skipped[name] = f"its weight is tied to {owners[id(parameter)]!r}"
         elif isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             skipped[name] = "its owner uses the weight without calling it"
         elif _has_own_forward(module):
             skipped[name] = f"{type(module).__name__} has a forward of its own"
-        elif not _wanted(where, name, module):
+        elif not wanted(where, name, module):
             skipped[name] = "`where` leaves it out"
-        elif min(_shape(module)) == 0:
+        elif min(shape_of(module)) == 0:
             skipped[name] = "it is empty"
         else:
             owners[id(parameter)] = name
@@ -249,7 +249,7 @@ def _has_own_forward(module: nn.Module) -> bool:
     return own and not is_linear4bit(module)
 
 
-def _wanted(where: Where, name: str, module: nn.Module) -> bool:
+def wanted(where: Where, name: str, module: nn.Module) -> bool:
     if where is None:
         return True
     if callable(where):
@@ -267,7 +267,7 @@ def _convert(name: str, module: nn.Module, config: ZOConfig, param_id: int, hand
         parameter = module.weight
         assert isinstance(parameter, Tensor)
         weight = parameter.detach()
-        if _is_conv1d(module):
+        if is_conv1d(module):
             origin, weight = "conv1d", weight.T
         dense_dtype = weight.dtype
         try:
@@ -285,7 +285,7 @@ def _convert(name: str, module: nn.Module, config: ZOConfig, param_id: int, hand
     return layer
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where `name` is, and wherever else the model holds the same module."""
     old = model.get_submodule(name)
     for parent in list(model.modules()):
@@ -296,7 +296,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 # The dry forward ------------------------------------------------------------------------------------------------------
 
 
-def _dry_run(model: nn.Module, chosen: dict[str, nn.Module], example: Any) -> dict[str, str]:
+def dry_run(model: nn.Module, chosen: dict[str, nn.Module], example: Any) -> dict[str, str]:
     """Reasons to leave layers alone, found by running two stacked copies of small examples through the model.
 
     Two batch shapes are tried where we make the examples ourselves, so that an expert which happens to get as many rows

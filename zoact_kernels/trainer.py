@@ -75,18 +75,10 @@ class Recipe:
     snapshot_every: int = 50
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("steps", 0),
-            ("batch_size", 1),
-            ("length_window", 0),
-            ("micro_batch", 0),
-            ("basis_batches", 1),
-        ):
+        at_least = {"steps": 0, "batch_size": 1, "length_window": 0, "micro_batch": 0, "basis_batches": 1}
+        for name, least in {**at_least, **dict.fromkeys(FREE, 0)}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it has to be at least {least}")
-        for name in FREE:
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it has to be 0 (never) or a number of steps")
 
     def create(self, model: nn.Module) -> ZOAct:
         """The optimizer of this recipe. Raises ValueError for values out of range."""
@@ -173,10 +165,9 @@ def train(
         else:
             optimizer, meta = _begin(model, recipe, batch_at, watch)
             _check_room(directory, optimizer, recipe)
-            first = (optimizer.state_dict(), coeff_hash(optimizer))
-            log = stack.enter_context(
-                RunLog.create(directory, {**claims, **(notes or {}), **meta, "backend": backend}, *first)
-            )
+            meta |= {**claims, **(notes or {}), "backend": backend}
+            log = RunLog.create(directory, meta, optimizer.state_dict(), coeff_hash(optimizer))
+            stack.enter_context(log)
         return _Run(model, recipe, log, optimizer, batch_at, held_out, watch).go()
 
 
@@ -225,7 +216,8 @@ class _Run:
         parts = batch.split(self.recipe.micro_batch) if self.recipe.micro_batch else [batch]
         evaluations = [functools.partial(group_losses, self.model, part) for part in parts]
         sizes = {part.sequences for part in parts}
-        rows = tuple(sorted(sizes | {size * batch.input_ids.shape[1] for size in sizes}))
+        # Sequences, or tokens; 1 is what a head that is itself a ZOLinear meets: its label rows come as [groups, n, K].
+        rows = tuple(sorted({1} | sizes | {size * batch.input_ids.shape[1] for size in sizes}))
         result = optimizer.step_on(evaluations, rows)
         seconds = time.perf_counter() - start
         tokens = batch.tokens * optimizer.groups
@@ -358,6 +350,7 @@ def _begin(
     model: nn.Module, recipe: Recipe, batch_at: Callable[[int], Batch], watch: Watch
 ) -> tuple[ZOAct, dict[str, Any]]:
     """The optimizer of a new run, the basis computed unless one was imported, and what the log has to know of it."""
+    recipe.create(model)  # only for its errors, before minutes are spent on a basis
     energies: list[list[Any]] = []
     layers = [layer for layer in zo_layers(model).values() if layer.rank]
     if any(layer.basis is None for layer in layers):
@@ -389,8 +382,8 @@ def _begin(
         }
         for name, layer in optimizer.layers.items()
     ]
-    # causal_lm is for the adapter's task type
-    return optimizer, {"layers": anatomy, "energies": energies, "causal_lm": hasattr(model, "lm_head")}
+    causal_lm = hasattr(model, "lm_head")  # for the adapter's task type
+    return optimizer, {"layers": anatomy, "energies": energies, "causal_lm": causal_lm}
 
 
 @contextlib.contextmanager

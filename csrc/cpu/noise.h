@@ -7,8 +7,8 @@
 // Philox runs in 64-bit lanes, one block each, because the product of two 32-bit words fills such a lane: a round is
 // two multiplies, two shifts and two three-way xors. The upper halves hold left-overs that no multiply reads.
 //
-// One thread of Zen 4 (a shared virtual machine), 4096 values in L1: normal 1.0 ns (avx512), 1.6 (avx2), 3.1 (base) a value; rademacher
-// 0.20, 0.27, 0.42. Tried and not faster: two groups at once, and Philox one group ahead of Box-Muller (within 3 %).
+// One thread of Zen 4 (a shared virtual machine), ns a value, 4096 values in L1: normal 1.0 (avx512), 1.6 (avx2),
+// 3.1 (base); rademacher 0.20, 0.26, 0.39. Tried, within 5 %: two groups at once, Philox one group ahead of Box-Muller.
 #pragma once
 #include "../philox.h"
 #include "kernels.h"

@@ -110,13 +110,14 @@ inline float sum(const float* x, int64_t count) {
 // rows of a chunk stream through the cache. A few fp32 rows are read where they are.
 struct X {
   const float* data;
-  int64_t stride;     // of rows in place; 0 when packed
+  bool packed;
+  int64_t stride;     // of rows in place
   int64_t M;
   const float* sums;  // [chunks][M]: the sum of x over each chunk, or null
 
-  int64_t row_stride(const Chunk& chunk) const { return stride ? stride : chunk.depth; }
+  int64_t row_stride(const Chunk& chunk) const { return packed ? chunk.depth : stride; }
   const float* row(int64_t m, const Chunk& chunk) const {
-    return stride ? data + m * stride + chunk.k : data + chunk.k * M + m * chunk.depth;
+    return packed ? data + chunk.k * M + m * chunk.depth : data + m * stride + chunk.k;
   }
   const float* sums_of(int64_t chunk, int64_t m) const { return sums ? sums + chunk * M + m : nullptr; }
 };

@@ -152,7 +152,7 @@ const char* zo_dense_linear(const zo::ZoDenseLinear& p) {
   if (!memory.get()) return NO_MEMORY;
   float* const packed = memory.get();
   float* const sums = packed + x_floats;
-  const X x = {in_place ? (const float*)p.x : packed, in_place ? p.x_stride : 0, M, p.w.offset ? sums : nullptr};
+  const X x = {in_place ? (const float*)p.x : packed, !in_place, p.x_stride, M, p.w.offset ? sums : nullptr};
 
 #pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
   {

@@ -218,7 +218,7 @@ const char* zo_linear(const zo::ZoLinear& p) {
   float* const base_h = h_made + h_floats;
   float* const threads = base_h + base_floats;
   const float* const h = p.projected ? p.projected : h_made;
-  const X x = {in_place ? (const float*)p.x : packed, in_place ? p.x_stride : 0, M, p.w.offset ? sums : nullptr};
+  const X x = {in_place ? (const float*)p.x : packed, !in_place, p.x_stride, M, p.w.offset ? sums : nullptr};
   float ones[BLOCK];
   for (float& one : ones) one = 1;
 

@@ -18,10 +18,11 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .. import swap as swapping
 from ..embedding import PackedEmbedding
@@ -30,9 +31,6 @@ from ..layers import Perturbation, ZOLinear, best_layout
 from ..rng import assign_param_ids
 from .gguf_file import GGUFError, GGUFHeader, TensorInfo, TensorReader, read_header, unpack
 from .panels import assemble
-
-if TYPE_CHECKING:
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 __all__ = ["GGUFError", "llama_config", "load_gguf", "load_gguf_model", "load_gguf_tokenizer", "read_header"]
 
@@ -67,8 +65,6 @@ def load_gguf_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase
     This is what `AutoTokenizer.from_pretrained(folder, gguf_file=name)` ends in, without its way through a full
     `GGUFReader`: 0.5 s and 48 MB at the peak in place of 4.3 s and 167 MB for the 49 152 tokens of SmolLM2.
     """
-    from transformers import PreTrainedTokenizerFast
-
     path = Path(path)
     header = read_header(path)
     if not getattr(header.metadata.get("tokenizer.ggml.tokens"), "length", 0):
@@ -96,10 +92,9 @@ def load_gguf_model(
     Raises:
         GGUFError: truncated, corrupted, contradictory or unsupported file; before anything is built, unless it is the
             data that is damaged (a scale is not finite).
-        ValueError: another dtype than float32, bfloat16, float16; a rank larger than a layer's in_features.
+        ValueError: another dtype than float32, bfloat16, float16; a rank larger than a layer's in_features; `where`
+            leaves no layer.
     """
-    from transformers import LlamaForCausalLM
-
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"`dtype` is {dtype}; torch.float32, torch.bfloat16 and torch.float16 are allowed")
     header = read_header(path)
@@ -161,12 +156,14 @@ def _plan_ranks(
             continue
         plan[target] = None
         skipped = config is None or any(fnmatch.fnmatch(target, pattern) for pattern in config.skip)
-        if config is not None and not skipped and swapping._wanted(where, target, module):
+        if config is not None and not skipped and swapping.wanted(where, target, module):
             plan[target] = config.rank_of(target)
             if config.rank_of(target) > module.in_features:
                 raise ValueError(
                     f"`rank` is {config.rank_of(target)}, but layer {target!r} has in_features={module.in_features}"
                 )
+    if config is not None and not any(rank is not None for rank in plan.values()):
+        raise ValueError(f"`where` is {where!r} and `skip` is {config.skip!r}; they leave none of {len(plan)} linears")
     return plan
 
 
@@ -189,8 +186,6 @@ def llama_config(header: GGUFHeader, dtype: torch.dtype = torch.float32) -> Llam
 
     Raises GGUFError naming the key, its value and what is allowed.
     """
-    from transformers import LlamaConfig
-
     read = _Keys(header)
     architecture = header.metadata.get("general.architecture")
     if architecture != "llama":

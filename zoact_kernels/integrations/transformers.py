@@ -65,7 +65,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: no safetensors (pickled weights are refused), a damaged file, an unknown task.
+        ValueError: no safetensors (pickled weights are refused), a damaged file, an unknown task, a rank larger than
+            a layer's in_features, no layer to swap.
     """
     path = Path(path)
     config = config or ZOConfig(rank=0)
@@ -84,7 +85,11 @@ def load_model(
 
         model, tokenizer = load_gguf(path, config, where=where, dtype=dtype)
         return Loaded(model, tokenizer, _report(model, {}, {}))
-    _shards(path)  # before transformers is asked, which would look for pickles and the network
+    _shards(path)  # before transformers is asked, which would look for pickles
+    try:
+        json.loads((path / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as problem:
+        raise ValueError(f"{path} needs a `config.json` that can be read: {problem}") from problem
     try:
         model, report = _stream(path, config, where, dtype, task)
     except _NotStreamable:
@@ -164,14 +169,18 @@ def _stream(path: Path, config: ZOConfig, where: Where, dtype: torch.dtype, task
     with torch.device("meta"):
         model = _auto(task).from_config(shape, dtype=dtype, trust_remote_code=False)
     source = _match(model, _shards(path))
-    linears = [f"{name}.weight" for name, module in model.named_modules() if swapping._is_linear(module)]
+    linears = [f"{name}.weight" for name, module in model.named_modules() if swapping.is_linear(module)]
     ids = rng.assign_param_ids(linears)
-    chosen, skipped = swapping._candidates(model, config, where)
+    chosen, skipped = swapping.candidates(model, config, where)
+    if not chosen:
+        raise ValueError(
+            f"`where` is {where!r} and `skip` is {config.skip!r}; they leave none of {len(linears)} linears"
+        )
     layout = config.layout or best_layout(torch.device("cpu"))
     handle = Perturbation()
     kinds: dict[str, str] = {}
     for name, module in chosen.items():
-        in_features = swapping._shape(module)[1]
+        in_features = swapping.shape_of(module)[1]
         if config.rank_of(name) > in_features:
             raise ValueError(f"`rank` is {config.rank_of(name)}, but layer {name!r} has in_features={in_features}")
     for name, module in chosen.items():
@@ -185,8 +194,8 @@ def _stream(path: Path, config: ZOConfig, where: Where, dtype: torch.dtype, task
             packed, bias, rank=config.rank_of(name), name=name, param_id=ids[f"{name}.weight"],
             perturbation=handle, layout=layout,
         )  # fmt: skip
-        layer.origin, layer.dense_dtype = "conv1d" if swapping._is_conv1d(module) else "linear", dtype
-        swapping._replace(model, name, layer)
+        layer.origin, layer.dense_dtype = "conv1d" if swapping.is_conv1d(module) else "linear", dtype
+        swapping.put(model, name, layer)
         kinds[name] = type(module).__name__
     for target, (key, file) in source.items():
         _fill(model, target, _read(key, file))
@@ -241,14 +250,14 @@ def _slices(key: str, file: Path, rows_last: bool) -> Iterator[Tensor]:
 
 def _quantised(key: str, file: Path, module: nn.Module, config: ZOConfig, layout: str, name: str) -> Any:
     """The stored weight of a linear in the config's format, one panel at a time."""
-    N, K = swapping._shape(module)
-    expected = (K, N) if swapping._is_conv1d(module) else (N, K)
+    N, K = swapping.shape_of(module)
+    expected = (K, N) if swapping.is_conv1d(module) else (N, K)
     if (stored := _stored_shape(key, file)) != expected:
         raise ValueError(f"{file}: tensor {key!r} has shape {stored}; `config.json` needs {expected}")
     try:
         panels = (
             quantize(panel, config.format, config.group_size, method=config.quantizer, scale_dtype=config.scale_dtype)
-            for panel in _slices(key, file, swapping._is_conv1d(module))
+            for panel in _slices(key, file, swapping.is_conv1d(module))
         )
         return assemble(panels, N, layout)
     except ValueError as problem:
@@ -303,7 +312,7 @@ def _check_calls(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
     """Raise _NotStreamable if `swap` would have left one of the layers alone after its dry forward."""
     layers = zo_layers(model)
     try:
-        reasons = swapping._dry_run(model, {name: layers[name] for name in chosen}, None)
+        reasons = swapping.dry_run(model, {name: layers[name] for name in chosen}, None)
     except Exception as problem:  # whatever a model does with a packed `.weight`; the dense way will say it properly
         raise _NotStreamable(f"its forward fails on packed weights: {problem!r}") from problem
     if reasons:

@@ -37,7 +37,7 @@ class ZOConfig:
 
     rank 0 is plain low-bit inference. `ranks` maps name patterns (fnmatch) to ranks of their own, first match wins.
     `group_size` None takes the format's default, -1 is one group a row. `skip` are name patterns left alone, besides
-    model's output embeddings, where `swap` is not given a `where` of its own.
+    the model's output embeddings, where `swap` is not given a `where` of its own.
     """
 
     format: str = "int4"

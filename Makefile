@@ -17,9 +17,12 @@ BUILT := zoact_kernels/_build.json
 SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.*)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt $(PIP_ARGS)
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(if $(STRICT),--strict-prerequisites)
+# Waiting threads sleep: on a machine with other work, spinning ones made two threads three times slower than one; on an
+# idle one the step takes the same time either way.
+export OMP_WAIT_POLICY ?= passive
 export ZOACT_BUILD_CPU ?= $(if $(STRICT),1,auto)
 
-.PHONY: setup build test soak check format demo bench clean
+.PHONY: setup build test soak check format demo bench bench-peers clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -44,7 +47,12 @@ demo: $(BUILT)
 	$(BIN)/zoact demo $(ARGS)
 
 bench: $(BUILT)
-	$(BIN)/python -m benchmarks.run $(ARGS)
+# One thread each unless a case says more: spinning workers of a library would count as everybody's CPU time.
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run $(ARGS)
+
+# The libraries that the benchmark compares with; nothing else needs them.
+bench-peers: $(READY)
+	$(PIP) --no-deps -r benchmarks/peers.txt
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache $(BUILT) zoact_kernels/_C.*.so

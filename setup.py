@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent
 # Explicit FMA only (design 2.1, 2.4): contraction would make the bits depend on what the compiler fuses.
 FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno".split()
 # GCC 12's own AVX-512 headers set off maybe-uninitialized (GCC bug 105593); Clang does not know that name.
-WARNINGS = "-Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-unknown-warning-option".split()
+WARNINGS = "-Wall -Wextra -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized -Wno-unknown-warning-option".split()
 ISAS = {  # base must exist; another is left out where the compiler does not know its flags (ARM, say)
     "base": [],
     "avx2": "-mavx2 -mfma -mf16c".split(),

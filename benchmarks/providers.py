@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoact_kernels import rng
+from zoact_kernels import ops, rng
 from zoact_kernels.formats import FORMATS, PackedWeight
 
 from .cases import Case
@@ -83,11 +83,10 @@ def _weight(case: Case, generator: torch.Generator) -> PackedWeight:
 def zoact(case: Case, data: Data) -> Call:
     ring = [w.to_layout("cpu") for w in data.ring]
     param_id = torch.tensor([PARAM_ID])
-    op = torch.ops.zoact.zo_linear.default
 
     def call(i: int) -> Tensor:
         w = ring[i]
-        return op(
+        return ops.zo_linear(
             data.x, w.weight, w.scale, w.offset, None, None, None, None, data.basis, data.coeff, None, None, data.seeds,
             data.sigmas, param_id if data.seeds is not None else None, case.format, "cpu", w.group_size, case.N,
             "normal", case.groups,

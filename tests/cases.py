@@ -35,7 +35,7 @@ WEIGHTS: dict[str, tuple[str, int, torch.dtype, str]] = {
     "none": ("dense", -1, F32, "absent"),
 }
 DTYPES = {"f32": F32, "bf16": BF16, "f16": F16}
-SHAPES = ((1, 1), (16, 64), (33, 100), (61, 480), (64, 63), (65, 130), (130, 257), (200, 72))  # (N, K): nothing divides
+SHAPES = ((5, 1), (16, 64), (33, 100), (61, 480), (64, 63), (65, 130), (130, 257), (200, 72))  # (N, K): nothing divides
 ROWS = (1, 2, 3, 7, 13)  # of a row group: M is this times G
 
 LINEAR: dict[str, Sequence[Any]] = {
@@ -108,7 +108,7 @@ def cover(grid: Mapping[str, Sequence[Any]]) -> list[Case]:
         row = dict(min(left))
         for column in sorted(set(range(len(names))) - set(row), key=lambda c: (-len(grid[names[c]]), c)):
 
-            def gain(i: int, column: int = column) -> int:
+            def gain(i: int, column: int = column, row: dict = row, left: set = left) -> int:
                 pairs = (tuple(sorted(((column, i), other))) for other in row.items())
                 return sum(pair in left for pair in pairs)
 
@@ -138,7 +138,7 @@ def stored(name: str, N: int, K: int) -> PackedWeight | None:
     if format == "dense":
         return quantize(w.to(dtype), format)
     flat = "flat" in special
-    packed = quantize(w, format, group_size, scale_dtype=dtype, symmetric="symmetric" in special, flat=flat)
+    packed = quantize(w, format, group_size, "minmax", scale_dtype=dtype, symmetric="symmetric" in special, flat=flat)
     return nested(packed) if "nested" in special else packed
 
 
@@ -150,7 +150,10 @@ def nested(packed: PackedWeight) -> PackedWeight:
     offset = flat.mean()
     blocks = torch.split(flat - offset, 256)
     absmax = torch.stack([block.abs().max().clamp(min=1e-6) for block in blocks])
-    indices = [(block / a * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8) for block, a in zip(blocks, absmax, strict=True)]
+    indices = [
+        (block / a * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+        for block, a in zip(blocks, absmax, strict=True)
+    ]
     return PackedWeight(
         packed.format, packed.layout, packed.group_size, packed.out_features, packed.in_features, packed.weight,
         torch.cat(indices).view(packed.scale.shape), None, torch.cat([code, offset.view(1), absmax]),

@@ -260,3 +260,20 @@ def test_compare_costs_leaves_the_state_alone(files: dict[str, str], tmp_path: P
     assert costs.step_seconds > 0 and costs.forward_seconds > 0
     with pytest.raises(RunError):
         finetune.finetune(job, recipe, tmp_path / "run")
+
+
+def test_demo_ends_with_its_table_and_never_overwrites(
+    files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = finetune.Job(files["model"], files["train"], files["eval"], prompt=PROMPT, labels=LABELS, group_size=32)
+    monkeypatch.setattr(finetune, "demo_job", lambda: job)
+    monkeypatch.setattr(finetune, "demo_recipe", lambda: finetune.Recipe(steps=3, batch_size=4, basis_batches=1))
+    monkeypatch.chdir(tmp_path)
+    for path in ("runs/demo", "runs/demo-2"):
+        assert zoact("demo", "--threads", "1") == 0
+        assert (tmp_path / path / "curve.png").exists()
+        told = capsys.readouterr().out
+        for words in ("held-out accuracy", "plain forward", "peak memory above", "trainable parameters", "identical"):
+            assert words in told
+        assert path in told and "unchanged, sha256" in told and "DIFFERENT" not in told
+    assert zoact("demo", "--resume", "--out", "runs/demo", "--steps", "4") == 0

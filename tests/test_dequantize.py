@@ -50,7 +50,9 @@ def test_dequantize_rows(isa: str, weight: str) -> None:
         assert w is not None
         for start, rows in ((0, 0), (0, 1), (1, 3), (60, 10), (63, 65), (64, 64), (100, -1), (149, 1), (150, 0)):
             stop = 150 if rows < 0 else start + rows
-            assert same_bits(run(isa, w, torch.float32, start, rows), expected[start:stop]), f"{w.layout} {start} {rows}"
+            assert same_bits(run(isa, w, torch.float32, start, rows), expected[start:stop]), (
+                f"{w.layout} {start} {rows}"
+            )
 
 
 @pytest.mark.parametrize("isa", ISAS)

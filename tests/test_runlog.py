@@ -27,6 +27,11 @@ def step_row(step: int, losses: list[list[float]] | None = None) -> StepRow:
     return StepRow(step, seeds, table, weights, 0.1 + step / 3, step % 2 == 1, math.nan, 1e-9, 17, 0.25)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)  # a forked child has no thread pool
+
+
 def create(path: Path) -> RunLog:
     return RunLog.create(path, META, STATE, "hash0")
 

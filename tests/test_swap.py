@@ -231,3 +231,28 @@ def test_an_encoder_and_its_classifier():
     swap(model, ZOConfig(format="dense", rank=0))
     assert isinstance(model.classifier, ZOLinear)
     assert (model(ids).logits - kept(ids).logits).abs().max() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("nested", [False, True])
+def test_linear4bit_is_taken_over_and_given_back_byte_for_byte(nested):
+    bnb = pytest.importorskip("bitsandbytes")
+
+    torch.manual_seed(0)
+    model = nn.Sequential(bnb.nn.Linear4bit(64, 32, compress_statistics=nested, quant_type="nf4"), nn.Linear(32, 8))
+    model = model.to("cpu")
+    x, codes = torch.randn(3, 64), model[0].weight.data.clone()
+    want = model(x)
+    report = swap(model, ZOConfig(format="int8", group_size=32, rank=1))
+    assert [(s.kind, s.format) for s in report.swapped] == [("Linear4bit", "nf4"), ("Linear", "int8")]
+    dense = bnb.functional.dequantize_4bit(codes, model_state(model, x, want))
+    assert torch.equal(model[0].dequantize(torch.float32), dense.float())
+    unswap(model)
+    assert isinstance(model[0], bnb.nn.Linear4bit) and torch.equal(model[0].weight.data, codes)
+
+
+def model_state(model, x, want):
+    """The quantisation state that bitsandbytes itself would use: that of the layer given back."""
+    twin = unswap(copy.deepcopy(model))
+    assert (twin(x) - want).abs().max() < 0.05 * want.abs().max()  # the second layer is int8 by now
+    return twin[0].weight.quant_state

@@ -7,11 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LINEAR, LINEAR_SOAK, Case, activations, cover, full, layouts, linear_arguments, stored, weight_arguments
+from cases import (
+    LINEAR,
+    LINEAR_SOAK,
+    Case,
+    activations,
+    cover,
+    full,
+    layouts,
+    linear_arguments,
+    stored,
+    weight_arguments,
+)
 from close import assert_no_worse
 from torch import Tensor
 
 from zoact_kernels import native, ops, reference, rng
+from zoact_kernels.formats import PackedWeight
 
 pytestmark = pytest.mark.skipif(native.module() is None, reason=native.why_missing() or "compiled")
 ISAS = native.isas()
@@ -22,8 +34,20 @@ PATHS = ("int4-g32", "int4-g64-sym", "int8-row", "nf4-g64-nested", "dense-f32", 
 
 
 OPTIONAL = (
-    "weight", "scale", "offset", "nested", "bias", "base_basis", "base_coeff", "basis", "coeff", "coeff_groups",
-    "projected", "seeds", "sigmas", "param_id",
+    "weight",
+    "scale",
+    "offset",
+    "nested",
+    "bias",
+    "base_basis",
+    "base_coeff",
+    "basis",
+    "coeff",
+    "coeff_groups",
+    "projected",
+    "seeds",
+    "sigmas",
+    "param_id",
 )  # fmt: skip  the schema has no defaults for these
 
 
@@ -37,7 +61,9 @@ def expected(**arguments: Any) -> Tensor:
     return reference.zo_linear(**dict.fromkeys(OPTIONAL) | arguments)
 
 
-def example(M: int, N: int, K: int, weight: str = "int4-g32", R: int = 3, G: int = 1, S: int = 2, layout: str = "cpu") -> dict:
+def example(
+    M: int, N: int, K: int, weight: str = "int4-g32", R: int = 3, G: int = 1, S: int = 2, layout: str = "cpu"
+) -> dict:
     """A call with every term that a training step has: weight, bias, basis, C, noise for G groups."""
     packed = layouts(stored(weight, N, K))[-1 if layout == "cpu" else 0]
     return dict(
@@ -79,15 +105,12 @@ def check(case: Case) -> None:
     assert all(torch.equal(bits[isa], bits[BITWISE[0]]) for isa in BITWISE)
 
 
-def stored_of(arguments: dict[str, Any]):
+def stored_of(arguments: dict[str, Any]) -> PackedWeight | None:
     if arguments["weight"] is None:
         return None
     names = ("weight", "scale", "offset", "nested", "format", "layout", "group_size")
-    return reference.packed(
-        **{name: arguments[name] for name in names},
-        out_features=arguments["out_features"],
-        in_features=arguments["x"].shape[-1],
-    )
+    shape = dict(out_features=arguments["out_features"], in_features=arguments["x"].shape[-1])
+    return PackedWeight(**{name: arguments[name] for name in names}, **shape)
 
 
 @pytest.mark.parametrize("case", cover(LINEAR), ids=str)
@@ -127,7 +150,9 @@ def test_zo_linear_row_does_not_depend_on_groups(isa: str, G: int) -> None:
     y = run(isa, **arguments)
     for g in range(G):
         alone = rows_of(arguments, 2 * g, 2 * g + 2)
-        alone |= dict(sigmas=arguments["sigmas"][g : g + 1], coeff_groups=arguments["coeff_groups"][g : g + 1], groups=1)
+        alone |= dict(
+            sigmas=arguments["sigmas"][g : g + 1], coeff_groups=arguments["coeff_groups"][g : g + 1], groups=1
+        )
         assert torch.equal(run(isa, **alone), y[2 * g : 2 * g + 2]), f"group {g}"
 
 
@@ -260,6 +285,14 @@ def test_zo_linear_leading_dimensions(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("K", [1, 40])
+def test_zo_linear_one_output(isa: str, K: int) -> None:
+    arguments = example(40, 1, K, R=1, G=2)
+    truth = expected(**arguments, compute=torch.float64)
+    assert_no_worse(run(isa, **arguments), expected(**arguments), truth)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("M", [1, 7])
 @pytest.mark.parametrize("R", [65, 130])
 def test_zo_linear_high_rank(isa: str, R: int, M: int) -> None:
@@ -279,7 +312,9 @@ def test_zo_linear_columns_of_a_wider_direction(isa: str) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("M", [1, 4, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_zo_linear_writes_y_and_nothing_else(isa: str, M: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zo_linear_writes_y_and_nothing_else(
+    isa: str, M: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = example(M, 49, 77)
     arguments["x"] = arguments["x"].to(dtype)
     digests = {name: digest(value) for name, value in arguments.items() if isinstance(value, Tensor)}

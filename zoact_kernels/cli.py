@@ -5,6 +5,7 @@ Errors that a user can mend are one line and exit code 2; `--debug` anywhere sho
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import warnings
@@ -35,7 +36,7 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)  
 
 
 class Display(Watch):
-    """A progress bar with the running loss, the last accuracy, tokens/s and peak memory; evaluations as lines."""
+    """A progress bar (in a file: ten lines) with loss, accuracy, tokens/s and peak; evaluations as lines."""
 
     def __init__(self) -> None:
         self.progress = Progress(
@@ -51,6 +52,7 @@ class Display(Watch):
         self.task = self.progress.add_task("", visible=False)
         self.loss = math.nan
         self.accuracy = ""
+        self.steps = 0
         self.start = memory.resident()
 
     def __enter__(self) -> Display:
@@ -61,7 +63,7 @@ class Display(Watch):
         self.progress.stop()
 
     def started(self, done: int, steps: int) -> None:
-        self.start = memory.resident()
+        self.start, self.steps = memory.resident(), steps
         if done:
             self.said(f"continuing after step {done}")
         self.progress.reset(self.task, total=steps, completed=done, visible=True)
@@ -75,7 +77,10 @@ class Display(Watch):
             parts.append(f"signal {row.signal / row.floor:,.0f} x rounding")
         if (peak := memory.highest()) is not None and self.start is not None:
             parts.append(f"peak +{memory.human(peak - self.start)}")
-        self.progress.update(self.task, completed=row.step + 1, description=" | ".join(parts))
+        text = " | ".join(parts)
+        self.progress.update(self.task, completed=row.step + 1, description=text)
+        if not console.is_terminal and (row.step + 1) % max(1, self.steps // 10) == 0:
+            self.said(f"step {row.step + 1} of {self.steps}: {text}")
 
     def evaluating(self, step: int) -> None:
         self.progress.update(self.task, description=f"evaluating after {step} steps")
@@ -312,7 +317,9 @@ def explain(
 
 @app.command()
 def demo(
-    out: Annotated[Path, _option("run directory")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None, _option("run directory (default: the first free of runs/demo, runs/demo-2, ...)")
+    ] = None,
     steps: Annotated[int | None, _option("fewer or more steps than the committed recipe")] = None,
     resume: Annotated[bool, _option("continue an interrupted demo", "--resume")] = False,
     threads: Annotated[int, _option("CPU threads (0: torch's default)")] = 0,
@@ -325,6 +332,11 @@ def demo(
     job, recipe = room.demo_job(), room.demo_recipe()
     if steps is not None:
         recipe = replace(recipe, steps=steps)
+    if out is None:
+        if resume:
+            raise ValueError("`--resume` needs the --out of the demo to continue")
+        names = (Path("runs", "demo" if n == 1 else f"demo-{n}") for n in itertools.count(1))
+        out = next(path for path in names if not RunLog.exists(path))
     with Display() as display:
         outcome, loaded = room.finetune(job, recipe, out, resume=resume, watch=display)
         if outcome.result.stopped_by:

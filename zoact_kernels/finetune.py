@@ -362,4 +362,4 @@ def demo_job() -> Job:
 
 def demo_recipe() -> Recipe:
     """The committed recipe of `make demo`."""
-    return Recipe(steps=200)
+    return Recipe(steps=400, lr=1.5e-3, schedule="cosine")

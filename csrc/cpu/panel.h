@@ -39,15 +39,15 @@ struct Chunk {
 ZO_INLINE int64_t span_of(const Weight& w) {  // of one scale, where it bounds a chunk
   return w.format == zo::Format::dense || w.flat || !w.codes ? max(w.K, 1) : w.group_size;
 }
-// With an offset the codes are not centred quite (a zero point of 7.5, or of 3), so that sum c * x drifts where x has a
-// mean, and rounds as far as it drifts: shorter sums. At K = 64 in one group, x of mean 3, the error in units of torch's
-// fell from 2.2 to 1.4.
-ZO_INLINE int64_t depth_of(const Weight& w) { return w.offset ? DEPTH / 2 : DEPTH; }
+// Shorter sums where 64 products in a row would round twice as far as torch's (law 2.3): rows of few k, which torch adds
+// in many parts, and codes with an offset, whose zero point of 7.5 or 3 lets sum c * x drift where x has a mean.
+ZO_INLINE int64_t depth_of(const Weight& w) { return w.K <= 256 ? DEPTH / 4 : w.offset ? DEPTH / 2 : DEPTH; }
 
 ZO_INLINE Chunk chunk_at(const Weight& w, int64_t k) {  // the chunk that starts at k
   const int64_t span = span_of(w), end = min((k / span + 1) * span, w.K);
   return {k, min(depth_of(w), end - k)};
 }
+ZO_INLINE bool starts_group(const Weight& w, const Chunk& chunk) { return chunk.k % span_of(w) == 0; }
 ZO_INLINE int64_t chunk_count(const Weight& w) {
   const int64_t span = span_of(w), depth = depth_of(w);
   return w.K / span * zo::ceil_div(span, depth) + zo::ceil_div(w.K % span, depth);
@@ -121,33 +121,64 @@ inline void columns_panel(const float* matrix, int64_t row_stride, const Block& 
 
 // ---------------------------------------------------------------- codes
 
-// Dword row r, code i of each column becomes panel row 8 * r + i.
+// Where a chunk's codes come from in layout `cpu`, eight k at a time: value(at(k, n), i) is c of row k + i, columns n ..
+// n + W - 1, for k a multiple of 8.
 template <class Decode>
-void decode_nibbles(const uint32_t* dwords, int64_t columns, int64_t depth, const Decode& decode, float* panel) {
-  for (int64_t k = 0; k < depth; k += 8, dwords += columns, panel += 8 * columns) {
+struct Nibbles {
+  const uint32_t* dwords;
+  int64_t columns;
+  Decode decode;
+  ZO_INLINE VU at(int64_t k, int64_t n) const { return Decode::prepare(load(dwords + k / 8 * columns + n)); }
+  ZO_INLINE VF value(VU codes, int i) const { return decode(codes, i); }
+};
+template <class T>
+struct Values {  // int8, bf16, f16
+  const T* values;
+  int64_t columns;
+  ZO_INLINE const T* at(int64_t k, int64_t n) const { return values + k * columns + n; }
+  ZO_INLINE VF value(const T* from, int i) const { return load(from + i * columns); }
+};
+
+// Calls f with the source of a chunk; not for layout `row` and not for dense fp32, which needs no decoding.
+template <class F>
+ZO_INLINE void with_source(const Weight& w, const Block& block, const Chunk& chunk, F f) {
+  const int64_t first = block.n0 * zo::code_rows(w.format, w.K), columns = block.columns;
+  if (zo::is_4bit(w.format)) {
+    const uint32_t* dwords = (const uint32_t*)w.codes + first + chunk.k / zo::CODES_PER_DWORD * columns;
+    const float* table = zo::decode_table(w.format);
+    if (w.format == zo::Format::int4) f(Nibbles<Centred>{dwords, columns, Centred(table)});
+    else f(Nibbles<Codebook>{dwords, columns, Codebook(table)});
+  } else {
+    const int64_t at = first + chunk.k * columns;
+    if (w.format == zo::Format::int8) f(Values<int8_t>{(const int8_t*)w.codes + at, columns});
+    else if (w.code_dtype == zo::DType::bf16) f(Values<bf16>{(const bf16*)w.codes + at, columns});
+    else f(Values<f16>{(const f16*)w.codes + at, columns});
+  }
+}
+ZO_INLINE bool has_source(const Weight& w) {
+  return w.layout == zo::Layout::cpu && !(w.format == zo::Format::dense && w.code_dtype == zo::DType::f32);
+}
+
+template <class Source>
+void decode_panel(const Source& source, int64_t columns, int64_t depth, float* panel) {
+  for (int64_t k = 0; k < depth; k += 8, panel += 8 * columns) {
     for (int64_t n = 0; n < columns; n += W) {
-      const VU codes = Decode::prepare(load(dwords + n));
+      const auto codes = source.at(k, n);
 #pragma GCC unroll 8
       for (int i = 0; i < 8; i++)
-        if (k + i < depth) store(panel + i * columns + n, decode(codes, i));
+        if (k + i < depth) store(panel + i * columns + n, source.value(codes, i));
     }
   }
 }
 
-inline void bytes_to_floats(float* out, const int8_t* in, int64_t count) {
-  typedef int8_t VB __attribute__((vector_size(W)));
-  int64_t i = 0;
-  for (; i + W <= count; i += W) store(out + i, to_float(__builtin_convertvector(load_raw<VB>(in + i), VI)));
-  for (; i < count; i++) out[i] = in[i];
-}
-
 // Codes k .. k + depth - 1 of row n of a weight in layout `row`.
 inline void decode_row(const Weight& w, int64_t n, const Chunk& chunk, float* out) {
-  if (w.format == zo::Format::dense) return to_floats(out, w.code_dtype, w.codes, n * w.K + chunk.k, chunk.depth);
-  if (w.format == zo::Format::int8) return bytes_to_floats(out, (const int8_t*)w.codes + n * w.K + chunk.k, chunk.depth);
+  const int64_t at = n * w.K + chunk.k;
+  if (w.format == zo::Format::dense) return to_floats(out, w.code_dtype, w.codes, at, chunk.depth);
+  if (w.format == zo::Format::int8) return to_floats(out, (const int8_t*)w.codes + at, chunk.depth);
   const float* table = zo::decode_table(w.format);
   const uint8_t* bytes = (const uint8_t*)w.codes;
-  const int64_t first = n * (w.flat ? w.K : 2 * zo::ceil_div(w.K, 2)) + chunk.k;  // in nibbles
+  const int64_t first = w.flat ? at : n * (2 * zo::ceil_div(w.K, 2)) + chunk.k;  // in nibbles
   for (int64_t i = 0; i < chunk.depth; i++) out[i] = table[bytes[(first + i) / 2] >> 4 * ((first + i) % 2) & 15];
   if (!w.flat) return;
   for (int64_t i = 0; i < chunk.depth;) {  // one scale at a time
@@ -162,20 +193,10 @@ inline const float* codes_panel(const Weight& w, const Block& block, const Chunk
     float rows[BLOCK * DEPTH];
     for (int64_t n = 0; n < block.live; n++) decode_row(w, block.n0 + n, chunk, rows + n * DEPTH);
     columns_panel(rows, DEPTH, {0, block.columns, block.live}, 0, chunk.depth, buffer);
-    return buffer;
-  }
-  const int64_t first = block.n0 * zo::code_rows(w.format, w.K), count = chunk.depth * block.columns;
-  if (zo::is_4bit(w.format)) {
-    const uint32_t* dwords = (const uint32_t*)w.codes + first + chunk.k / zo::CODES_PER_DWORD * block.columns;
-    const float* values = zo::decode_table(w.format);
-    if (w.format == zo::Format::int4) decode_nibbles(dwords, block.columns, chunk.depth, Centred(values), buffer);
-    else decode_nibbles(dwords, block.columns, chunk.depth, Codebook(values), buffer);
-  } else if (w.format == zo::Format::int8) {
-    bytes_to_floats(buffer, (const int8_t*)w.codes + first + chunk.k * block.columns, count);
-  } else if (w.code_dtype == zo::DType::f32) {
-    return (const float*)w.codes + first + chunk.k * block.columns;
+  } else if (!has_source(w)) {
+    return (const float*)w.codes + block.n0 * w.K + chunk.k * block.columns;
   } else {
-    to_floats(buffer, w.code_dtype, w.codes, first + chunk.k * block.columns, count);
+    with_source(w, block, chunk, [&](const auto& source) { decode_panel(source, block.columns, chunk.depth, buffer); });
   }
   return buffer;
 }

@@ -2,8 +2,8 @@
 //
 //   VF, VI, VU      W floats, int32s, uint32s: W = 16 (avx512), 8 (avx2), 4 (base). Operators + - * / & | ^ ~ << >>,
 //                   comparisons (a VI of 0 / -1) and `mask ? a : b` are those of GCC's vector extensions.
-//   load, store     any alignment, from and to float, bf16 and f16 memory, whole vectors or the first n lanes;
-//                   stores round to nearest even and keep NaN
+//   load, store     any alignment, from and to float, bf16 and f16 memory (load: int8 too), whole vectors or the first n
+//                   lanes; stores round to nearest even and keep NaN
 //   fma             fused on avx2 and avx512, so that these two agree bit for bit; multiply, then add on base
 //   Table16         look-up of 16 floats by the low four bits of each lane
 //
@@ -79,13 +79,9 @@ ZO_INLINE VU iota() {  // 0, 1, 2, ... W - 1
   return v;
 }
 
-ZO_INLINE VF bits_to_float(VU v) { return (VF)v; }
 ZO_INLINE VU float_to_bits(VF v) { return (VU)v; }
 ZO_INLINE VF to_float(VI v) { return __builtin_convertvector(v, VF); }
-ZO_INLINE VI truncate(VF v) { return __builtin_convertvector(v, VI); }
 
-ZO_INLINE VF max(VF a, VF b) { return a > b ? a : b; }
-ZO_INLINE VF min(VF a, VF b) { return a < b ? a : b; }
 ZO_INLINE VF abs(VF a) { return (VF)((VU)a & 0x7fffffffu); }
 
 #if ZO_WIDTH > 4
@@ -101,27 +97,7 @@ ZO_INLINE VF sqrt(VF a) {
 }
 #endif
 
-// The 64-bit products of the lanes, as high and low words.
-ZO_INLINE void multiply_wide(VU a, uint32_t b, VU& high, VU& low) {
-#if ZO_WIDTH == 16
-  const __m512i even = _mm512_mul_epu32((__m512i)a, (__m512i)set1(b));
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), (__m512i)set1(b));
-  high = (VU)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
-  low = (VU)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
-#elif ZO_WIDTH == 8
-  const __m256i even = _mm256_mul_epu32((__m256i)a, (__m256i)set1(b));
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), (__m256i)set1(b));
-  high = (VU)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
-  low = (VU)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
-#else
-  const VU64 even = ((VU64)a & 0xffffffffu) * (uint64_t)b;
-  const VU64 odd = ((VU64)a >> 32) * (uint64_t)b;
-  high = (VU)((even >> 32) | (odd & 0xffffffff00000000u));
-  low = (VU)((even & 0xffffffffu) | (odd << 32));
-#endif
-}
-
-// ---------------------------------------------------------------- bf16 and f16
+// ---------------------------------------------------------------- bf16, f16 and int8 in memory
 
 ZO_INLINE float to_float(float a) { return a; }
 ZO_INLINE float to_float(bf16 a) {
@@ -138,7 +114,22 @@ ZO_INLINE void round_to(bf16* p, float a) {
                                                : (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
-ZO_INLINE VF load(const bf16* p) { return (VF)(__builtin_convertvector(load_raw<VH>(p), VU) << 16); }
+// Widening loads. GCC 12 makes three instructions of convertvector from 16 bits, and a hundred from 8.
+#if ZO_WIDTH == 16
+ZO_INLINE VU widen(const uint16_t* p) { return (VU)_mm512_cvtepu16_epi32(load_raw<__m256i>(p)); }
+ZO_INLINE VI widen(const int8_t* p) { return (VI)_mm512_cvtepi8_epi32(load_raw<__m128i>(p)); }
+#elif ZO_WIDTH == 8
+ZO_INLINE VU widen(const uint16_t* p) { return (VU)_mm256_cvtepu16_epi32(load_raw<__m128i>(p)); }
+ZO_INLINE VI widen(const int8_t* p) { return (VI)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+#else
+ZO_INLINE VU widen(const uint16_t* p) { return __builtin_convertvector(load_raw<VH>(p), VU); }
+ZO_INLINE VI widen(const int8_t* p) { return VI{p[0], p[1], p[2], p[3]}; }
+#endif
+
+ZO_INLINE float to_float(int8_t a) { return a; }
+ZO_INLINE VF load(const int8_t* p) { return to_float(widen(p)); }
+
+ZO_INLINE VF load(const bf16* p) { return (VF)(widen(&p->bits) << 16); }
 ZO_INLINE void store(bf16* p, VF v) {
   const VU bits = (VU)v;
   const VU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;

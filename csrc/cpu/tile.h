@@ -17,7 +17,6 @@ namespace ZO_NAMESPACE {
 namespace {
 
 constexpr int ROWS = 6;                // rows of a tile: 6 x 4 zmm, or 6 x 2 ymm, fill the accumulator registers
-constexpr int64_t ROW_BLOCK = 512;     // rows of `main`: 128 KB, well inside L2
 constexpr int64_t X_BLOCK = 1 << 20;   // floats of x that a task reads: 4 MB, which stay in L3 over all columns
 
 // ---------------------------------------------------------------- memory and threads
@@ -38,64 +37,61 @@ constexpr const char* NO_MEMORY = "no memory for the kernel's workspace (one fp3
 
 ZO_INLINE int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
 
-ZO_INLINE int thread_index() {
+// This thread's part of 0 .. count, in a parallel region; OpenMP may have given it fewer threads than it asked for.
+struct Share {
+  int thread = 0, threads = 1;
+  Share() {
 #ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
+    thread = omp_get_thread_num(), threads = omp_get_num_threads();
 #endif
-}
-
-// ---------------------------------------------------------------- rows
-
-// M rows in `groups` equal groups, each split evenly into tiles: 8 rows are 4 + 4, not 6 + 2.
-struct Tiles {
-  int64_t groups, size, per_group;  // size: rows of a group; per_group: its tiles
-  Tiles(int64_t M, int64_t groups) : groups(groups), size(M / groups), per_group(zo::ceil_div(size, ROWS)) {}
-  int64_t begin(int64_t t) const { return t * size / per_group; }  // first row, within its group, of a group's tile t
+  }
+  int64_t begin(int64_t count) const { return thread * count / threads; }
+  int64_t end(int64_t count) const { return (thread + 1) * count / threads; }
 };
 
-// What a thread does at a time: 64 columns, and the tiles `first` .. `last` of each of the groups g0 .. g1.
+// What a thread does at a time: 64 columns, and the rows m0 .. m1 - 1 of each of the groups g0 .. g1 - 1.
 struct Task {
   Block block;
-  int64_t g0, g1, first, last;
+  int64_t g0, g1, m0, m1;
 };
 
 // The tasks of a call, split statically over threads. All columns of some rows come before the next rows, so that these
 // stay in cache (the other way round: 13 % slower at 512 rows, K = 4096).
 struct Plan {
-  int threads;
-  int64_t blocks, batch, row_blocks;  // batch: groups of a task
-  int64_t rows;                       // the most that a task has
   const Weight& w;
-  const Tiles& tiles;
+  int threads;
+  int64_t groups, size;               // row groups, rows of each
+  int64_t blocks, batch, row_blocks;  // of columns; groups of a task; ranges of a group's rows
+  int64_t rows;                       // the most that a task has
 
-  Plan(const Weight& w, const Tiles& tiles, int max_threads, int64_t max_groups)
-      : threads(max_threads), blocks(zo::ceil_div(w.N, BLOCK)), batch(min(tiles.groups, max_groups)), w(w), tiles(tiles) {
-    const int64_t M = tiles.groups * tiles.size, K = max(w.K, 1);
+  // At most max_groups groups and about max_rows rows a task.
+  Plan(const Weight& w, int64_t M, int64_t groups, int max_threads, int64_t max_groups, int64_t max_rows)
+      : w(w), threads(max_threads < 1 ? 1 : max_threads), groups(groups), size(M / groups), blocks(zo::ceil_div(w.N, BLOCK)),
+        batch(min(groups, max_groups)) {
+    const int64_t K = max(w.K, 1);
     if (w.N * K * (M + 2) < 5000000) threads = 1;  // under 100 us: waking a thread costs more than it saves
-    const int64_t limit = max(16 * ROWS, min(ROW_BLOCK, X_BLOCK / K));  // rows of a task
-    row_blocks = zo::ceil_div(tiles.per_group, max(1, limit / (ROWS * batch)));
+    row_blocks = zo::ceil_div(size, max(ROWS, max_rows / batch));
     // Few blocks of columns: more ranges of rows, until the busiest thread has at most 1/16 more than its share.
-    while (16 * zo::ceil_div(tasks(), threads) * threads > 17 * tasks() && tiles.per_group >= 16 * row_blocks) row_blocks++;
-    rows = 0;
-    for (int64_t i = 0; i < row_blocks; i++) rows = max(rows, batch * (tiles.begin(tile(i + 1)) - tiles.begin(tile(i))));
+    while (16 * zo::ceil_div(tasks(), threads) * threads > 17 * tasks() && size >= 16 * ROWS * row_blocks) row_blocks++;
+    rows = batch * zo::ceil_div(size, row_blocks);
+    threads = (int)min(threads, tasks());
   }
-  int64_t tile(int64_t row_block) const { return row_block * tiles.per_group / row_blocks; }
-  int64_t tasks() const { return blocks * row_blocks * zo::ceil_div(tiles.groups, batch); }
+  int64_t tasks() const { return blocks * row_blocks * zo::ceil_div(groups, batch); }
   Task task(int64_t i) const {
-    const int64_t row_block = i / blocks % row_blocks, g0 = i / blocks / row_blocks * batch;
-    return {block_at(w, i % blocks), g0, min(g0 + batch, tiles.groups), tile(row_block), tile(row_block + 1)};
+    const int64_t range = i / blocks % row_blocks, g0 = i / blocks / row_blocks * batch;
+    return {block_at(w, i % blocks), g0, min(g0 + batch, groups), range * size / row_blocks,
+            (range + 1) * size / row_blocks};
   }
 };
 
-// Sixteen partial sums to one, by the same tree on every ISA.
+// ---------------------------------------------------------------- rows of x
+
+// Sixteen partial sums to one, by the same tree on every ISA: halves are added until one is left.
 ZO_INLINE float fold(const VF lanes[16 / W]) {
-  float sums[16];
-  for (int i = 0; i < 16 / W; i++) store(sums + i * W, lanes[i]);
-  for (int half = 8; half; half /= 2)
-    for (int i = 0; i < half; i++) sums[i] += sums[i + half];
-  return sums[0];
+  V4 four[4];
+  memcpy(four, lanes, sizeof four);
+  const V4 sum = (four[0] + four[2]) + (four[1] + four[3]);
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 inline float sum(const float* x, int64_t count) {
   VF lanes[16 / W] = {};
@@ -106,8 +102,8 @@ inline float sum(const float* x, int64_t count) {
   return fold(lanes);
 }
 
-// x in fp32, as the product reads it: packed [chunk][M][depth], so that the
-// rows of a chunk stream through the cache. A few fp32 rows are read where they are.
+// x in fp32, as the product reads it: packed [chunk][M][depth], so that the rows of a chunk stream through the cache. A
+// few fp32 rows are read where they are.
 struct X {
   const float* data;
   bool packed;
@@ -144,16 +140,37 @@ struct Factors {
   const float* offset;  // [columns] or null
   const float* sums;    // [rows] with offset
 };
+struct Ones {
+  float values[BLOCK];
+  constexpr Ones() : values() {
+    for (float& value : values) value = 1;
+  }
+};
+constexpr Ones ones;
+constexpr Factors PLAIN = {ones.values, nullptr, nullptr};  // the panel is the matrix itself
 
 template <int R, int V>
-ZO_INLINE void add_to_main(const VF acc[R][V], const Factors& f, int64_t n, float* main) {
+ZO_INLINE void add_to_main(const VF acc[R][V], const Factors& f, int64_t n, float* __restrict main) {
+  VF sums[R];
+  if (f.offset)
 #pragma GCC unroll 8
-  for (int r = 0; r < R; r++) {
+    for (int r = 0; r < R; r++) sums[r] = set1(f.sums[r]);
 #pragma GCC unroll 8
-    for (int v = 0; v < V; v++) {
-      VF m = fma(load(f.scale + n + v * W), acc[r][v], load(main + r * BLOCK + n + v * W));
-      if (f.offset) m = fma(load(f.offset + n + v * W), set1(f.sums[r]), m);
-      store(main + r * BLOCK + n + v * W, m);
+  for (int v = 0; v < V; v++) {
+    const VF scale = load(f.scale + n + v * W);
+    if (f.offset) {
+      const VF offset = load(f.offset + n + v * W);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        float* to = main + r * BLOCK + n + v * W;
+        store(to, fma(offset, sums[r], fma(scale, acc[r][v], load(to))));
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        float* to = main + r * BLOCK + n + v * W;
+        store(to, fma(scale, acc[r][v], load(to)));
+      }
     }
   }
 }
@@ -196,25 +213,14 @@ ZO_INLINE void multiply(int64_t rows, const float* x, int64_t x_stride, const fl
   (columns == BLOCK ? multiply_wide_block : multiply_narrow_block)[rows - 1](x, x_stride, panel, columns, depth, f, main);
 }
 
-// The task's rows of group g times one chunk's panel.
-inline void multiply_chunk(const X& x, const Tiles& tiles, const Task& task, int64_t g, const Chunk& chunk, int64_t index,
-                           const float* panel, Factors f, float* main) {
-  int64_t m0 = tiles.begin(task.first);
-  for (int64_t t = task.first; t < task.last; t++) {
-    const int64_t next = tiles.begin(t + 1), m = g * tiles.size + m0;
-    f.sums = x.sums_of(index, m);
-    multiply(next - m0, x.row(m, chunk), x.row_stride(chunk), panel, task.block.columns, chunk.depth, f, main);
-    main += (next - m0) * BLOCK, m0 = next;
-  }
-}
-
-// `rows` rows of a row-major fp32 matrix (h) times a panel, added.
-inline void multiply_rows(int64_t rows, const float* h, int64_t h_stride, const float* panel, int64_t columns, int64_t depth,
-                   const float* ones, float* main) {
+// Any number of rows, split evenly into tiles: 8 rows are 4 + 4, not 6 + 2.
+inline void multiply_rows(int64_t rows, const float* x, int64_t x_stride, const float* panel, int64_t columns,
+                          int64_t depth, Factors f, float* main) {
   const int64_t tiles = zo::ceil_div(rows, ROWS);
   for (int64_t t = 0, m = 0; t < tiles; t++) {
-    const int64_t next = (t + 1) * rows / tiles;
-    multiply(next - m, h + m * h_stride, h_stride, panel, columns, depth, {ones, nullptr, nullptr}, main + m * BLOCK);
+    const int64_t next = (t + 1) * rows / tiles, count = next - m;
+    multiply(count, x + m * x_stride, x_stride, panel, columns, depth, f, main + m * BLOCK);
+    if (f.sums) f.sums += count;
     m = next;
   }
 }

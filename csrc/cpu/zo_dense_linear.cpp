@@ -2,58 +2,36 @@
 //
 //   x [M, K], y [M, N] fp32 | bf16 | fp16;  W packed, any format and layout;  Z_s [N, K] made here, never stored
 //
-// A chunk of K of 64 columns becomes an fp32 panel of D(W); each seed's noise for it is made once and weighed into one
-// panel per group; the sum of both, in fp32, multiplies the rows of that group (tile.h). A task takes a slice of every
-// group, so + and - share the noise. A group whose sigmas are all zero is clean: it has the arithmetic, hence the bits, of
-// zo_linear without a direction. That W + sigma Z is rounded to fp32 leaves the probe 2^-24 |W| / sigma |Z| uncertain, per
-// element and at random; two separate products would cost twice the time.
+// A chunk of K of 64 columns becomes an fp32 panel of D(W), and the noise of each seed another; D(W) plus a group's
+// weighted noise, in fp32, multiplies the rows of that group (tile.h). A task takes a slice of every group, so + and -
+// share the noise. A group whose sigmas are all zero is clean: it has the arithmetic, hence the bits, of zo_linear without
+// a direction. That W + sigma Z is rounded to fp32 leaves the probe 2^-24 |W| / sigma |Z| uncertain, per element and at
+// random; two separate products would cost twice the time.
 //
 // on_scale: Z [N, groups of K] moves the scales, and the offset as -zero * scale with the zero point kept (QZO). That
 // only changes what the sums over a chunk are multiplied with.
 //
 // Bound: the noise up to some 100 rows, then fma. Tests: tests/test_zo_dense_linear.py.
-#include "noise.h"
+#include "direction.h"
 #include "tile.h"
 
 namespace ZO_NAMESPACE {
 namespace {
 
 constexpr int64_t PANEL = DEPTH * BLOCK;  // floats
-constexpr int64_t MAX_GROUPS = 24;        // of a task: their panels are 384 KB
+constexpr int64_t MAX_GROUPS = 64;        // of a task
+constexpr int64_t MAX_ROWS = 1024;        // of a task: `main` is 256 KB; each task makes the noise of its columns anew
 constexpr int64_t SCALES = 16;            // consecutive scales of a row whose noise is made at a time
 
 struct Workspace {  // of a thread
-  float *codes, *weights, *factor, *values, *tile, *noise, *main;
-  static int64_t floats(const Plan& plan) { return (5 + plan.batch) * PANEL + plan.rows * BLOCK; }
-  Workspace(float* at, const Plan& plan)
-      : codes(at), weights(codes + PANEL), factor(weights + PANEL), values(factor + PANEL), tile(values + PANEL),
-        noise(tile + PANEL), main(noise + plan.batch * PANEL) {}
-};
-
-ZO_INLINE bool is_active(const zo::ZoDenseLinear& p, int64_t g) {
-  for (int64_t s = 0; p.z.noise != zo::Noise::none && s < p.z.S; s++)
-    if (p.z.sigmas[g * p.z.S + s] != 0) return true;
-  return false;
-}
-
-// work.noise[g] = sum_s sigmas[g, s] Z_s, panels [count][columns] of columns c .. c + count - 1 of the directions.
-void noise_panels(const zo::Direction& z, const Task& task, int64_t c, int64_t count, const Workspace& work) {
-  const Block& block = task.block;
-  const int64_t size = count * block.columns;
-  memset(work.noise, 0, (task.g1 - task.g0) * PANEL * sizeof(float));
-  for (int64_t s = 0; s < z.S; s++) {
-    for (int64_t n = 0; n < block.live; n++) {
-      const uint64_t first = (uint64_t)(z.row_offset + block.n0 + n) * z.cols + c;
-      noise_values(work.values + n * count, z.seeds[s], z.param_id, z.noise, first, count);
-    }
-    columns_panel(work.values, count, {0, block.columns, block.live}, 0, count, work.tile);
-    for (int64_t g = task.g0; g < task.g1; g++) {
-      const VF sigma = set1(z.sigmas[g * z.S + s]);
-      float* sum = work.noise + (g - task.g0) * PANEL;
-      for (int64_t i = 0; i < size; i += W) store(sum + i, fma(sigma, load(work.tile + i), load(sum + i)));
-    }
+  float *codes, *weights, *factor, *sum, *main, *tiles;
+  static int64_t floats(const zo::ZoDenseLinear& p, const Plan& plan) {
+    return 4 * PANEL + plan.rows * BLOCK + SeededTiles::memory_floats(p.z, PANEL);
   }
-}
+  Workspace(float* at, const Plan& plan)
+      : codes(at), weights(codes + PANEL), factor(weights + PANEL), sum(factor + PANEL), main(sum + PANEL),
+        tiles(main + plan.rows * BLOCK) {}
+};
 
 // work.factor: what multiplies the noise of a chunk elementwise, or null for 1.
 const float* noise_factor(const zo::ZoDenseLinear& p, const Block& block, const Chunk& chunk, const Workspace& work) {
@@ -81,14 +59,14 @@ const float* noise_factor(const zo::ZoDenseLinear& p, const Block& block, const 
   return work.factor;
 }
 
-void add_weight(const zo::ZoDenseLinear& p, const X& x, const Tiles& tiles, const Task& task, const Workspace& work) {
+void add_weight(const zo::ZoDenseLinear& p, const X& x, const Plan& plan, const Task& task, const Workspace& work) {
   const Weight& w = p.w;
   const Block& block = task.block;
-  const int64_t columns = block.columns, stride = (tiles.begin(task.last) - tiles.begin(task.first)) * BLOCK;
-  float scale[BLOCK], offset[BLOCK], ones[BLOCK];
-  for (float& one : ones) one = 1;
+  const int64_t columns = block.columns, rows = task.m1 - task.m0;  // of each group
+  float scale[BLOCK], offset[BLOCK];
+  SeededTiles noise(p.z, PANEL, work.tiles);
   bool any_clean = false, any_active = false;
-  for (int64_t g = task.g0; g < task.g1; g++) (is_active(p, g) ? any_active : any_clean) = true;
+  for (int64_t g = task.g0; g < task.g1; g++) (SeededTiles::is_active(p.z, g) ? any_active : any_clean) = true;
 
   int64_t index = 0;
   for (Chunk chunk = chunk_at(w, 0); chunk.k < w.K; chunk = chunk_at(w, chunk.k + chunk.depth), index++) {
@@ -96,37 +74,43 @@ void add_weight(const zo::ZoDenseLinear& p, const X& x, const Tiles& tiles, cons
     const float* factor = nullptr;
     if (w.codes && (any_clean || p.on_scale)) {
       codes = codes_panel(w, block, chunk, work.codes);
-      chunk_scales(w, block, chunk, scale, offset);
+      if (starts_group(w, chunk)) chunk_scales(w, block, chunk, scale, offset);
     }
     if (any_active && p.on_scale) {
       const int64_t group = chunk.k / w.group_size;
-      if (chunk.k % w.group_size == 0 && group % SCALES == 0)
-        noise_panels(p.z, task, group, min(SCALES, zo::groups_of(w) - group), work);
+      if (starts_group(w, chunk) && group % SCALES == 0)
+        noise.move_to(block, group, min(SCALES, zo::groups_of(w) - group));
     } else if (any_active) {
       if (w.codes) weights_panel(w, block, chunk, work.weights);
       else memset(work.weights, 0, chunk.depth * columns * sizeof(float));
       factor = noise_factor(p, block, chunk, work);
-      noise_panels(p.z, task, chunk.k, chunk.depth, work);
+      noise.move_to(block, chunk.k, chunk.depth);
     }
     for (int64_t g = task.g0; g < task.g1; g++) {
-      float* main = work.main + (g - task.g0) * stride;
-      float* noise = work.noise + (g - task.g0) * PANEL;
-      if (!is_active(p, g)) {
-        if (codes) multiply_chunk(x, tiles, task, g, chunk, index, codes, {scale, w.offset ? offset : nullptr, nullptr}, main);
+      const int64_t m = g * plan.size + task.m0;
+      const auto multiply = [&](const float* panel, const float* scale, const float* offset) {
+        multiply_rows(rows, x.row(m, chunk), x.row_stride(chunk), panel, columns, chunk.depth,
+                      {scale, offset, offset ? x.sums_of(index, m) : nullptr},
+                      work.main + (g - task.g0) * rows * BLOCK);
+      };
+      if (!SeededTiles::is_active(p.z, g)) {
+        if (codes) multiply(codes, scale, w.offset ? offset : nullptr);
       } else if (p.on_scale) {
         float moved[BLOCK], moved_offset[BLOCK];
-        const float* z = noise + chunk.k / w.group_size % SCALES * columns;
+        noise.weigh(g, work.sum);
+        const float* z = work.sum + chunk.k / w.group_size % SCALES * columns;
         for (int64_t n = 0; n < columns; n++) {
           moved[n] = scale[n] + z[n];  // offset holds offset + 8 * scale, so that this keeps offset / scale
           if (w.offset) moved_offset[n] = offset[n] + (scale[n] == 0 ? 8 : offset[n] / scale[n]) * z[n];
         }
-        multiply_chunk(x, tiles, task, g, chunk, index, codes, {moved, w.offset ? moved_offset : nullptr, nullptr}, main);
+        multiply(codes, moved, w.offset ? moved_offset : nullptr);
       } else {
+        noise.weigh(g, work.sum);
         for (int64_t i = 0; i < chunk.depth * columns; i += W) {
-          const VF z = load(noise + i), weight = load(work.weights + i);
-          store(noise + i, factor ? fma(load(factor + i), z, weight) : weight + z);
+          const VF z = load(work.sum + i), weight = load(work.weights + i);
+          store(work.sum + i, factor ? fma(load(factor + i), z, weight) : weight + z);
         }
-        multiply_chunk(x, tiles, task, g, chunk, index, noise, {ones, nullptr, nullptr}, main);
+        multiply(work.sum, ones.values, nullptr);
       }
     }
   }
@@ -143,11 +127,18 @@ const char* zo_dense_linear(const zo::ZoDenseLinear& p) {
       return "`noise_on` is 'scale', which needs a weight with scales of its own per row (not dense, not flat blocks)";
     if (p.mask != zo::Mask::none || p.noise_scale) return "`noise_on` is 'scale', which takes no mask and no noise_scale";
   }
-  const Tiles tiles(M, p.G);
-  const Plan plan(p.w, tiles, p.threads, MAX_GROUPS);
+  bool any_active = false;
+  for (int64_t g = 0; g < p.G; g++) any_active |= SeededTiles::is_active(p.z, g);
+  if (!any_active) {
+    zo::ZoLinear clean = {};
+    clean.x = p.x, clean.y = p.y, clean.dtype = p.dtype, clean.M = M, clean.x_stride = p.x_stride, clean.w = p.w;
+    clean.bias = p.bias, clean.bias_dtype = p.bias_dtype, clean.G = 1, clean.threads = p.threads;
+    return zo_linear(clean);
+  }
+  const Plan plan(p.w, M, p.G, p.threads, MAX_GROUPS, MAX_ROWS);
   const bool in_place = p.dtype == zo::DType::f32 && M <= ROWS;
   const int64_t x_floats = in_place ? 0 : aligned(M * K), sums_floats = p.w.offset ? aligned(chunk_count(p.w) * M) : 0;
-  const int64_t thread_floats = Workspace::floats(plan);
+  const int64_t thread_floats = Workspace::floats(p, plan);
   const Scratch memory(x_floats + sums_floats + plan.threads * thread_floats);
   if (!memory.get()) return NO_MEMORY;
   float* const packed = memory.get();
@@ -156,22 +147,22 @@ const char* zo_dense_linear(const zo::ZoDenseLinear& p) {
 
 #pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
   {
-    const int thread = thread_index();
-    const Workspace work(sums + sums_floats + thread * thread_floats, plan);
+    const Share share;
+    const Workspace work(sums + sums_floats + share.thread * thread_floats, plan);
     with_type(p.dtype, [&](auto type) {
       if (x_floats || sums_floats)
-        pack_rows(p.w, (const decltype(type)*)p.x, p.x_stride, thread * M / plan.threads, (thread + 1) * M / plan.threads, M,
+        pack_rows(p.w, (const decltype(type)*)p.x, p.x_stride, share.begin(M), share.end(M), M,
                   x_floats ? packed : nullptr, sums_floats ? sums : nullptr);
     });
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < plan.tasks(); i++) {
       const Task task = plan.task(i);
-      const int64_t first = tiles.begin(task.first), rows = tiles.begin(task.last) - first;
+      const int64_t rows = task.m1 - task.m0;
       memset(work.main, 0, (task.g1 - task.g0) * rows * BLOCK * sizeof(float));
-      add_weight(p, x, tiles, task, work);
+      add_weight(p, x, plan, task, work);
       for (int64_t g = task.g0; g < task.g1; g++)
-        store_block(work.main + (g - task.g0) * rows * BLOCK, g * tiles.size + first, rows, task.block, p.bias,
+        store_block(work.main + (g - task.g0) * rows * BLOCK, g * plan.size + task.m0, rows, task.block, p.bias,
                     p.bias_dtype, p.y, p.dtype, p.w.N);
     }
   }

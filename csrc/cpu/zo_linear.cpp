@@ -2,40 +2,38 @@
 //
 //   x [M, K], y [M, N] fp32 | bf16 | fp16;  W packed, any format and layout;  A [K, R], C [N, R] fp32;  Z_s made here
 //
-// A thread owns 64 columns of y and a range of rows at a time, in fp32 scratch (tile.h). Up to SMALL rows, 4-bit codes of
-// layout `cpu` are decoded in registers, one permute per 16 weights, and never stored; above that, or in any other
-// layout or format, chunks of K become fp32 panels in L1. Both do the same arithmetic. The low-rank terms follow as more
-// panels, K being R: C, C_g and the noise are never added to one another before they are multiplied (law 2.5), and the
-// noise of a block of columns is made once for all groups. h = x . A is computed once per call.
+// A thread owns 64 columns of y and a range of rows at a time, in fp32 scratch (tile.h). Chunks of K are decoded in the
+// registers of the product of the first FIRST rows, one permute per 16 codes, and left behind as an fp32 panel in L1 for
+// the other rows, if there are any. The low-rank terms follow as more panels, K being R: C, C_g and the noise are never
+// added to one another before they are multiplied (law 2.5), and the noise of a block of columns is made once for all
+// groups. h = x . A is computed once per call.
 //
 // Bound: decoding and bandwidth up to a few rows, fma above. Tests: tests/test_zo_linear.py.
-#include "noise.h"
+#include "direction.h"
 #include "tile.h"
 
 namespace ZO_NAMESPACE {
 namespace {
 
-constexpr int SMALL = W == 16 ? 12 : 4;   // rows up to which codes are decoded in registers, again for each tile
-constexpr int SMALL_TILE = 4;            // rows of such a tile: 6 fit, but 3 + 3 is as fast
+constexpr int FIRST = 4;                 // rows of the tile that decodes; a fused decode is hidden behind four fma
 constexpr int64_t SPAN = 256;            // k that `project` takes at a time
 constexpr int64_t RANKS = 32;            // columns of h that one panel takes: sums of 64 rounded twice as far as torch's
-constexpr int64_t NOISE_FLOATS = 131072; // 512 KB a thread for the noise panels of a batch of groups
 
-// ---------------------------------------------------------------- few rows: codes straight into fma
+// ---------------------------------------------------------------- the tile that decodes
 
-template <class Decode, int R, int V>
-void multiply_codes(const float* x, int64_t x_stride, const uint32_t* dwords, int64_t columns, int64_t depth,
-                    const float* values, const Factors& f, float* main) {
-  const Decode decode(values);
+// `multiply` of tile.h for R rows, decoding on the way; with KEEP the codes go to `panel` too.
+template <int R, int V, bool KEEP, class Source>
+void multiply_codes(const float* x, int64_t x_stride, const Source& source, int64_t columns, int64_t depth,
+                    const Factors& f, float* panel, float* main) {
   for (int64_t n = 0; n < columns; n += V * W) {
     VF acc[R][V] = {};
-    const uint32_t* row = dwords + n;
-    for (int64_t k = 0; k < depth; k += 8, row += columns) {
-      VU code[V];
-      for (int v = 0; v < V; v++) code[v] = Decode::prepare(load(row + v * W));
+    for (int64_t k = 0; k < depth; k += 8) {
+      decltype(source.at(0, 0)) codes[V];
+      for (int v = 0; v < V; v++) codes[v] = source.at(k, n + v * W);
       const auto step = [&](int i) __attribute__((always_inline)) {
         for (int v = 0; v < V; v++) {
-          const VF c = decode(code[v], i);
+          const VF c = source.value(codes[v], i);
+          if (KEEP) store(panel + (k + i) * columns + n + v * W, c);
           for (int r = 0; r < R; r++) acc[r][v] = fma(set1(x[r * x_stride + k + i]), c, acc[r][v]);
         }
       };
@@ -52,31 +50,30 @@ void multiply_codes(const float* x, int64_t x_stride, const uint32_t* dwords, in
   }
 }
 
-typedef void (*MultiplyCodes)(const float*, int64_t, const uint32_t*, int64_t, int64_t, const float*, const Factors&,
-                              float*);
-template <class D>
-ZO_INLINE MultiplyCodes pick(int64_t columns, int64_t rows) {
-  constexpr MultiplyCodes kernels[2][SMALL_TILE] = {
-      {multiply_codes<D, 1, narrow>, multiply_codes<D, 2, narrow>, multiply_codes<D, 3, narrow>, multiply_codes<D, 4, narrow>},
-      {multiply_codes<D, 1, wide(1)>, multiply_codes<D, 2, wide(2)>, multiply_codes<D, 3, wide(3)>,
-       multiply_codes<D, 4, wide(4)>}};
-  return kernels[columns == BLOCK][rows - 1];
-}
-
-// All rows of x times the codes of one chunk.
-void multiply_codes(const Weight& w, const X& x, const Block& block, const Chunk& chunk, int64_t index, Factors f,
-                    float* main) {
-  const uint32_t* dwords = (const uint32_t*)w.codes + block.n0 * zo::code_rows(w.format, w.K) +
-                           chunk.k / zo::CODES_PER_DWORD * block.columns;
-  const int64_t tiles = zo::ceil_div(x.M, SMALL_TILE);
-  for (int64_t t = 0, m = 0; t < tiles; t++) {
-    const int64_t next = (t + 1) * x.M / tiles;
-    f.sums = x.sums_of(index, m);
-    (w.format == zo::Format::int4 ? pick<Centred> : pick<Codebook>)(block.columns, next - m)(
-        x.row(m, chunk), x.row_stride(chunk), dwords, block.columns, chunk.depth, zo::decode_table(w.format), f,
-        main + m * BLOCK);
-    m = next;
+// The first rows of x times a chunk's codes; returns how many. Up to 2 * FIRST rows that is all of them, which decodes
+// twice (8 rows: 10 % faster than a panel for four); else FIRST, and the panel is there for the others.
+template <class Source>
+ZO_INLINE int64_t multiply_first(int64_t rows, const float* x, int64_t x_stride, const Source& source, int64_t columns,
+                                 int64_t depth, Factors f, float* panel, float* main) {
+  typedef void (*Multiply)(const float*, int64_t, const Source&, int64_t, int64_t, const Factors&, float*, float*);
+  constexpr Multiply kernels[2][FIRST + 1] = {
+      {multiply_codes<4, narrow, true, Source>, multiply_codes<1, narrow, false, Source>,
+       multiply_codes<2, narrow, false, Source>, multiply_codes<3, narrow, false, Source>,
+       multiply_codes<4, narrow, false, Source>},
+      {multiply_codes<4, wide(4), true, Source>, multiply_codes<1, wide(1), false, Source>,
+       multiply_codes<2, wide(2), false, Source>, multiply_codes<3, wide(3), false, Source>,
+       multiply_codes<4, wide(4), false, Source>}};
+  const auto& kernel = kernels[columns == BLOCK];
+  if (rows > 2 * FIRST) {
+    kernel[0](x, x_stride, source, columns, depth, f, panel, main);
+    return FIRST;
   }
+  const int64_t half = rows <= FIRST ? rows : rows / 2;
+  kernel[half](x, x_stride, source, columns, depth, f, panel, main);
+  if (half == rows) return rows;
+  if (f.sums) f.sums += half;
+  kernel[rows - half](x + half * x_stride, x_stride, source, columns, depth, f, panel, main + half * BLOCK);
+  return rows;
 }
 
 // ---------------------------------------------------------------- h = x . basis
@@ -117,99 +114,80 @@ void project(const T* x, int64_t x_stride, int64_t m0, int64_t m1, int64_t K, co
   }
 }
 
-// ---------------------------------------------------------------- the low-rank terms of one block of columns
+// ---------------------------------------------------------------- the low-rank terms of a task
 
-struct Rows {  // m0 .. m1 - 1, and where main starts
-  int64_t m0, m1;
-  float* main;
-};
-
-// main += h . matrix^T for matrix [N, R], on the rows `from` .. `to` of the task.
-void add_product(const Rows& rows, int64_t from, int64_t to, const float* h, int64_t R, const float* matrix,
-                 const Block& block, const float* ones, float* panel) {
-  from = max(from, rows.m0), to = min(to, rows.m1);
+// main += h . matrix^T for matrix [N, R], on those of the rows `from` .. `to` - 1 that the task has.
+void add_product(const Task& task, int64_t from, int64_t to, const float* h, int64_t R, const float* matrix,
+                 float* panel, float* main) {
+  from = max(from, task.m0), to = min(to, task.m1);
   for (int64_t r = 0; r < R && from < to; r += RANKS) {
     const int64_t ranks = min(RANKS, R - r);
-    columns_panel(matrix, R, block, r, ranks, panel);
-    multiply_rows(to - from, h + from * R + r, R, panel, block.columns, ranks, ones,
-                  rows.main + (from - rows.m0) * BLOCK);
+    columns_panel(matrix, R, task.block, r, ranks, panel);
+    multiply_rows(to - from, h + from * R + r, R, panel, task.block.columns, ranks, PLAIN,
+                  main + (from - task.m0) * BLOCK);
   }
 }
 
-ZO_INLINE bool is_active(const zo::Direction& z, int64_t g) {
-  for (int64_t s = 0; s < z.S; s++)
-    if (z.sigmas[g * z.S + s] != 0) return true;
-  return false;
-}
-
-// main += h . (sum_s sigmas[g, s] Z_s)^T. `scratch`: two tiles of RANKS * BLOCK and NOISE_FLOATS.
-void add_noise(const Rows& rows, int64_t group_rows, const float* h, int64_t R, const zo::Direction& z,
-               const Block& block, const float* ones, float* scratch) {
-  float *values = scratch, *tile = values + RANKS * BLOCK, *panels = tile + RANKS * BLOCK;
+// main += h . (sum_s sigmas[g, s] Z_s)^T for each group g of `group_rows` rows.
+void add_noise(const Task& task, int64_t group_rows, const float* h, int64_t R, const zo::Direction& z, float* panel,
+               float* tiles, float* main) {
+  SeededTiles noise(z, RANKS * BLOCK, tiles);
   for (int64_t r = 0; r < R; r += RANKS) {
-    const int64_t ranks = min(RANKS, R - r), size = ranks * block.columns;
-    const int64_t end = zo::ceil_div(rows.m1, group_rows), batch = max(1, NOISE_FLOATS / size);
-    for (int64_t g0 = rows.m0 / group_rows; g0 < end; g0 += batch) {
-      const int64_t g1 = min(end, g0 + batch);
-      memset(panels, 0, (g1 - g0) * size * sizeof(float));
-      for (int64_t s = 0; s < z.S; s++) {
-        const uint64_t first = (uint64_t)(z.row_offset + block.n0) * z.cols + r;
-        if (ranks == z.cols) {
-          noise_values(values, z.seeds[s], z.param_id, z.noise, first, block.live * ranks);
-        } else {
-          for (int64_t n = 0; n < block.live; n++)
-            noise_values(values + n * ranks, z.seeds[s], z.param_id, z.noise, first + n * z.cols, ranks);
-        }
-        columns_panel(values, ranks, {0, block.columns, block.live}, 0, ranks, tile);
-        for (int64_t g = g0; g < g1; g++) {
-          const VF sigma = set1(z.sigmas[g * z.S + s]);
-          float* panel = panels + (g - g0) * size;
-          for (int64_t i = 0; i < size; i += W) store(panel + i, fma(sigma, load(tile + i), load(panel + i)));
-        }
-      }
-      for (int64_t g = g0; g < g1; g++) {
-        const int64_t from = max(g * group_rows, rows.m0), to = min((g + 1) * group_rows, rows.m1);
-        if (is_active(z, g))
-          multiply_rows(to - from, h + from * R + r, R, panels + (g - g0) * size, block.columns, ranks, ones,
-                        rows.main + (from - rows.m0) * BLOCK);
-      }
+    const int64_t ranks = min(RANKS, R - r);
+    noise.move_to(task.block, r, ranks);
+    for (int64_t g = task.m0 / group_rows; g * group_rows < task.m1; g++) {
+      if (!SeededTiles::is_active(z, g)) continue;
+      const int64_t from = max(g * group_rows, task.m0), to = min((g + 1) * group_rows, task.m1);
+      noise.weigh(g, panel);
+      multiply_rows(to - from, h + from * R + r, R, panel, task.block.columns, ranks, PLAIN,
+                    main + (from - task.m0) * BLOCK);
     }
   }
 }
 
-// ---------------------------------------------------------------- the base product of one block of columns
+// ---------------------------------------------------------------- the base product of a task
 
-void add_base(const Weight& w, const X& x, const Tiles& tiles, const Task& task, float* panel, float* main) {
+void add_base(const Weight& w, const X& x, const Task& task, float* panel, float* main) {
   float scale[BLOCK], offset[BLOCK];
-  const Block& block = task.block;
-  const bool in_registers = zo::is_4bit(w.format) && w.layout == zo::Layout::cpu && x.M <= SMALL;
-  Factors f = {scale, w.offset ? offset : nullptr, nullptr};
+  const int64_t rows = task.m1 - task.m0, columns = task.block.columns;
   int64_t index = 0;
   for (Chunk chunk = chunk_at(w, 0); chunk.k < w.K; chunk = chunk_at(w, chunk.k + chunk.depth), index++) {
-    chunk_scales(w, block, chunk, scale, offset);
-    if (in_registers) multiply_codes(w, x, block, chunk, index, f, main);
-    else multiply_chunk(x, tiles, task, 0, chunk, index, codes_panel(w, block, chunk, panel), f, main);
+    if (starts_group(w, chunk)) chunk_scales(w, task.block, chunk, scale, offset);
+    Factors f = {scale, w.offset ? offset : nullptr, x.sums_of(index, task.m0)};
+    const float* in = x.row(task.m0, chunk);
+    const int64_t stride = x.row_stride(chunk);
+    const float* codes = panel;
+    int64_t done = 0;
+    if (W > 4 && has_source(w)) {  // base: its decode is too long to hide
+      with_source(w, task.block, chunk, [&](const auto& source) {
+        done = multiply_first(rows, in, stride, source, columns, chunk.depth, f, panel, main);
+      });
+      if (f.sums) f.sums += done;
+    } else {
+      codes = codes_panel(w, task.block, chunk, panel);
+    }
+    multiply_rows(rows - done, in + done * stride, stride, codes, columns, chunk.depth, f, main + done * BLOCK);
   }
 }
 
 }  // namespace
 
 const char* zo_linear(const zo::ZoLinear& p) {
-  const int64_t M = p.M, K = p.w.K, R = p.R, base_rank = p.base_basis ? p.base_rank : 0;
-  if (M == 0 || p.w.N == 0) return nullptr;
+  const int64_t M = p.M, K = p.w.K, N = p.w.N;
+  if (M == 0 || N == 0) return nullptr;
   if (p.G < 1 || M % p.G) return "`x` has a number of rows that its row groups do not divide";
+  const int64_t R = p.R, base_rank = p.base_basis ? p.base_rank : 0, group_rows = M / p.G;
   const bool has_noise = R > 0 && p.z.S > 0 && p.z.noise != zo::Noise::none;
   const bool in_place = p.dtype == zo::DType::f32 && M <= ROWS;
-  const Tiles tiles(M, 1);
-  const Plan plan(p.w, tiles, p.threads, 1);
+  const Plan plan(p.w, M, 1, p.threads, 1, max(96, min(512, X_BLOCK / max(K, 1))));  // 512 rows of main: 128 KB of L2
 
   // Shared: packed x, its sums, h, base h. Per thread: panel, main, noise; before that, the scratch of `project`.
   const int64_t x_floats = in_place || !p.w.codes ? 0 : aligned(M * K);
   const int64_t sums_floats = p.w.offset ? aligned(chunk_count(p.w) * M) : 0;
   const int64_t h_floats = p.projected ? 0 : aligned(M * R), base_floats = aligned(M * base_rank);
-  const int64_t noise_floats = has_noise ? 2 * RANKS * BLOCK + NOISE_FLOATS : 0;
-  const int64_t thread_floats =
-      max(aligned((DEPTH + 1) * SPAN), DEPTH * BLOCK + plan.rows * BLOCK + noise_floats);
+  const int64_t noise_floats = has_noise ? SeededTiles::memory_floats(p.z, RANKS * BLOCK) : 0;
+  const int64_t main_floats = plan.rows * BLOCK;
+  const int64_t thread_floats = max((DEPTH + 1) * SPAN, DEPTH * BLOCK + main_floats + noise_floats);
   const Scratch memory(x_floats + sums_floats + h_floats + base_floats + plan.threads * thread_floats);
   if (!memory.get()) return NO_MEMORY;
   float* const packed = memory.get();
@@ -219,20 +197,18 @@ const char* zo_linear(const zo::ZoLinear& p) {
   float* const threads = base_h + base_floats;
   const float* const h = p.projected ? p.projected : h_made;
   const X x = {in_place ? (const float*)p.x : packed, !in_place, p.x_stride, M, p.w.offset ? sums : nullptr};
-  float ones[BLOCK];
-  for (float& one : ones) one = 1;
 
 #pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
   {
-    const int thread = thread_index();
-    float* const scratch = threads + thread * thread_floats;
+    const Share share;
+    float* const scratch = threads + share.thread * thread_floats;
     with_type(p.dtype, [&](auto type) {
       const auto* rows = (const decltype(type)*)p.x;
-      const int64_t m0 = thread * M / plan.threads, m1 = (thread + 1) * M / plan.threads;
+      const int64_t m0 = share.begin(M), m1 = share.end(M);
       if (base_rank) project(rows, p.x_stride, m0, m1, K, p.base_basis, base_rank, base_h, scratch);
       if (R && p.basis && !p.basis_per_group) project(rows, p.x_stride, m0, m1, K, p.basis, R, h_made, scratch);
       for (int64_t g = 0; R && p.basis && p.basis_per_group && g < p.G; g++) {
-        const int64_t from = max(m0, g * (M / p.G)), to = min(m1, (g + 1) * (M / p.G));
+        const int64_t from = max(m0, g * group_rows), to = min(m1, (g + 1) * group_rows);
         if (from < to) project(rows, p.x_stride, from, to, K, p.basis + g * K * R, R, h_made, scratch);
       }
       if (x_floats || sums_floats)
@@ -242,17 +218,16 @@ const char* zo_linear(const zo::ZoLinear& p) {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < plan.tasks(); i++) {
       const Task task = plan.task(i);
-      const Block& block = task.block;
-      float *panel = scratch, *main = panel + DEPTH * BLOCK, *noise = main + plan.rows * BLOCK;
-      const Rows rows = {tiles.begin(task.first), tiles.begin(task.last), main};
-      memset(main, 0, (rows.m1 - rows.m0) * BLOCK * sizeof(float));
-      if (p.w.codes) add_base(p.w, x, tiles, task, panel, main);
-      if (base_rank) add_product(rows, 0, M, base_h, base_rank, p.base_coeff, block, ones, panel);
-      if (R && p.coeff) add_product(rows, 0, M, h, R, p.coeff, block, ones, panel);
+      const int64_t rows = task.m1 - task.m0;
+      float *panel = scratch, *main = panel + DEPTH * BLOCK, *tiles = main + main_floats;
+      memset(main, 0, rows * BLOCK * sizeof(float));
+      if (p.w.codes) add_base(p.w, x, task, panel, main);
+      if (base_rank) add_product(task, 0, M, base_h, base_rank, p.base_coeff, panel, main);
+      if (R && p.coeff) add_product(task, 0, M, h, R, p.coeff, panel, main);
       for (int64_t g = 0; R && p.coeff_groups && g < p.G; g++)
-        add_product(rows, g * (M / p.G), (g + 1) * (M / p.G), h, R, p.coeff_groups + g * p.w.N * R, block, ones, panel);
-      if (has_noise) add_noise(rows, M / p.G, h, R, p.z, block, ones, noise);
-      store_block(main, rows.m0, rows.m1 - rows.m0, block, p.bias, p.bias_dtype, p.y, p.dtype, p.w.N);
+        add_product(task, g * group_rows, (g + 1) * group_rows, h, R, p.coeff_groups + g * N * R, panel, main);
+      if (has_noise) add_noise(task, group_rows, h, R, p.z, panel, tiles, main);
+      store_block(main, task.m0, rows, task.block, p.bias, p.bias_dtype, p.y, p.dtype, N);
     }
   }
   return nullptr;

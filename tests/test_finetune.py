@@ -1,0 +1,67 @@
+"""Order of the data, comparisons, and what a job refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from zoact_kernels.data import DataError
+from zoact_kernels.finetune import Job, demo_recipe, grouped_indices, paired
+
+LENGTHS = np.array([(i * 37) % 41 + 3 for i in range(203)])
+
+
+def test_grouped_indices_is_a_pure_function_that_visits_everything_once() -> None:
+    steps = 203 // 8
+    for epoch in range(2):
+        batches = [grouped_indices(9, epoch * steps + k, LENGTHS, 8, 4) for k in range(steps)]
+        seen = np.concatenate(batches)
+        assert len(set(seen.tolist())) == len(seen) == steps * 8
+        assert all(len(batch) == 8 for batch in batches)
+    again = grouped_indices(9, 30, LENGTHS, 8, 4)
+    assert np.array_equal(again, grouped_indices(9, 30, LENGTHS, 8, 4))
+    assert not np.array_equal(again, grouped_indices(10, 30, LENGTHS, 8, 4))
+    assert not np.array_equal(grouped_indices(9, 0, LENGTHS, 8, 4), grouped_indices(9, steps, LENGTHS, 8, 4))
+
+
+def test_grouped_indices_saves_pads() -> None:
+    def padded(window: int) -> int:
+        return sum(8 * LENGTHS[grouped_indices(1, k, LENGTHS, 8, window)].max() for k in range(25))
+
+    assert padded(8) < 0.8 * padded(1)
+
+
+@pytest.mark.parametrize("size", [300, 203, 1])
+def test_grouped_indices_of_any_size(size: int) -> None:
+    chosen = grouped_indices(0, 5, LENGTHS, size, 8)
+    assert len(chosen) == min(size, 203) and len(set(chosen.tolist())) == len(chosen)
+
+
+def test_paired() -> None:
+    before, after = np.array([True, False, False, True]), np.array([True, True, True, True])
+    mean, error = paired(before, after)
+    assert mean == 0.5 and error == pytest.approx(np.std([0, 1, 1, 0], ddof=1) / 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "either `train`"),
+        ({"train": "a.csv", "demo": "trec"}, "either `train`"),
+        ({"train": "a.csv", "dtype": "int4"}, "`dtype` is 'int4'"),
+        ({"train": "a.csv", "eval_batch": 0}, "`eval_batch` is 0"),
+    ],
+)
+def test_job_refuses(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Job(model="m", **changes)  # type: ignore[arg-type]
+
+
+def test_job_of_an_unknown_demo() -> None:
+    with pytest.raises(DataError, match="no demo 'nothing'"):
+        Job(model="m", demo="nothing").examples()
+
+
+def test_demo_recipe_is_rank_one_adam_two_sided() -> None:
+    recipe = demo_recipe()
+    assert (recipe.optimizer, recipe.sides, recipe.mode) == ("adam", "two-sided", "stacked")

@@ -41,7 +41,9 @@ ZO_INLINE int64_t span_of(const Weight& w) {  // of one scale, where it bounds a
 }
 // Shorter sums where 64 products in a row would round twice as far as torch's (law 2.3): rows of few k, which torch adds
 // in many parts, and codes with an offset, whose zero point of 7.5 or 3 lets sum c * x drift where x has a mean.
-ZO_INLINE int64_t depth_of(const Weight& w) { return w.K <= 256 ? DEPTH / 4 : w.offset ? DEPTH / 2 : DEPTH; }
+ZO_INLINE int64_t depth_of(const Weight& w) {
+  return w.K <= 128 ? DEPTH / 8 : w.K <= 256 ? DEPTH / 4 : w.offset ? DEPTH / 2 : DEPTH;
+}
 
 ZO_INLINE Chunk chunk_at(const Weight& w, int64_t k) {  // the chunk that starts at k
   const int64_t span = span_of(w), end = min((k / span + 1) * span, w.K);

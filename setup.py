@@ -31,10 +31,12 @@ ROOT = Path(__file__).resolve().parent
 FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno".split()
 # GCC 12's own AVX-512 headers set off maybe-uninitialized (GCC bug 105593); Clang does not know that name.
 WARNINGS = "-Wall -Wextra -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized -Wno-unknown-warning-option".split()
+AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"
 ISAS = {  # base must exist; another is left out where the compiler does not know its flags (ARM, say)
     "base": [],
     "avx2": "-mavx2 -mfma -mf16c".split(),
-    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512".split(),
+    "avx512": AVX512.split(),
+    "avx512vnni": f"{AVX512} -mavx512vnni".split(),
 }
 
 

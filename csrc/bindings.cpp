@@ -29,15 +29,18 @@ struct Isa {
   zo_##isa::zo_linear, zo_##isa::zo_dense_linear, zo_##isa::zo_update, zo_##isa::zo_perturb, \
       zo_##isa::dequantize, zo_##isa::noise_run
 
+[[maybe_unused]] bool runs_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+}
+
 // What was compiled, best first; setup.py defines ZO_HAS_<ISA> for each instruction set its compiler knows.
 const Isa kIsas[] = {
+#ifdef ZO_HAS_AVX512VNNI
+    {"avx512vnni", [] { return runs_avx512() && __builtin_cpu_supports("avx512vnni"); }, ZO_KERNELS(avx512vnni)},
+#endif
 #ifdef ZO_HAS_AVX512
-    {"avx512",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
-     },
-     ZO_KERNELS(avx512)},
+    {"avx512", runs_avx512, ZO_KERNELS(avx512)},
 #endif
 #ifdef ZO_HAS_AVX2
     // F16C came with the generation before AVX2, and Clang 14 cannot ask for it by name.

@@ -1,7 +1,7 @@
 // What the Python side hands to a CPU kernel: raw pointers and sizes, nothing else.
 //
 // Every kernel is one function per ISA, declared here and compiled from one source (csrc/cpu/<op>.cpp) into the
-// namespaces zo_base, zo_avx2 and zo_avx512. Python has checked dtypes, shapes, strides and devices and keeps the
+// namespaces zo_base, zo_avx2, zo_avx512 and zo_avx512vnni. Python has checked dtypes, shapes, strides and devices and keeps the
 // tensors alive over the call; a kernel returns nullptr, or a message that becomes a Python error.
 #pragma once
 #include <cstdint>
@@ -128,3 +128,4 @@ struct Dequantize {
 ZO_DECLARE(base)
 ZO_DECLARE(avx2)
 ZO_DECLARE(avx512)
+ZO_DECLARE(avx512vnni)

@@ -1,6 +1,6 @@
-// Vectors of W 32-bit lanes for the ISA this translation unit is compiled for (-DZO_ISA=base|avx2|avx512).
+// Vectors of W 32-bit lanes for the ISA this translation unit is compiled for (-DZO_ISA=base|avx2|avx512|avx512vnni).
 //
-//   VF, VI, VU      W floats, int32s, uint32s: W = 16 (avx512), 8 (avx2), 4 (base). Operators + - * / & | ^ ~ << >>,
+//   VF, VI, VU      W floats, int32s, uint32s: W = 16 (avx512, avx512vnni), 8 (avx2), 4 (base). Operators + - * / & | ^ ~ << >>,
 //                   comparisons (a VI of 0 / -1) and `mask ? a : b` are those of GCC's vector extensions.
 //   load, store     any alignment, from and to float, bf16 and f16 memory (load: int8 too), whole vectors or the first n
 //                   lanes; stores round to nearest even and keep NaN
@@ -23,6 +23,7 @@
 #define ZO_WIDTH_base 4
 #define ZO_WIDTH_avx2 8
 #define ZO_WIDTH_avx512 16
+#define ZO_WIDTH_avx512vnni 16
 #define ZO_WIDTH ZO_CAT(ZO_WIDTH_, ZO_ISA)
 
 #if ZO_WIDTH > 4

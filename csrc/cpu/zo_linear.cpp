@@ -9,6 +9,7 @@
 // groups. h = x . A is computed once per call.
 //
 // Bound: decoding and bandwidth up to a few rows, fma above. Tests: tests/test_zo_linear.py.
+#include "digits.h"
 #include "direction.h"
 #include "tile.h"
 
@@ -17,6 +18,7 @@ namespace {
 
 constexpr int FIRST = 4;                 // rows of the tile that decodes; a fused decode is hidden behind four fma
 constexpr int64_t SPAN = 256;            // k that `project` takes at a time
+constexpr int64_t DIGIT_RANGE = 96;
 constexpr int64_t RANKS = 32;            // columns of h that one panel takes: sums of 64 rounded twice as far as torch's
 
 // ---------------------------------------------------------------- the tile that decodes
@@ -178,12 +180,13 @@ const char* zo_linear(const zo::ZoLinear& p) {
   if (p.G < 1 || M % p.G) return "`x` has a number of rows that its row groups do not divide";
   const int64_t R = p.R, base_rank = p.base_basis ? p.base_rank : 0, group_rows = M / p.G;
   const bool has_noise = R > 0 && p.z.S > 0 && p.z.noise != zo::Noise::none;
-  const bool in_place = p.dtype == zo::DType::f32 && M <= ROWS;
-  const Plan plan(p.w, M, 1, p.threads, 1, max(96, min(512, X_BLOCK / max(K, 1))));  // 512 rows of main: 128 KB of L2
+  const bool in_digits = p.w.codes && has_digits(p.w), in_place = p.dtype == zo::DType::f32 && M <= ROWS;
+  // 512 rows of main: 128 KB of L2
+  const Plan plan(p.w, M, 1, p.threads, 1, in_digits ? DIGIT_RANGE : max(96, min(512, X_BLOCK / max(K, 1))));
 
   // Shared: packed x, its sums, h, base h. Per thread: panel, main, noise; before that, the scratch of `project`.
-  const int64_t x_floats = in_place || !p.w.codes ? 0 : aligned(M * K);
-  const int64_t sums_floats = p.w.offset ? aligned(chunk_count(p.w) * M) : 0;
+  const int64_t x_floats = in_digits ? Digits::floats(p.w, M) : in_place || !p.w.codes ? 0 : aligned(M * K);
+  const int64_t sums_floats = p.w.offset && !in_digits ? aligned(chunk_count(p.w) * M) : 0;
   const int64_t h_floats = p.projected ? 0 : aligned(M * R), base_floats = aligned(M * base_rank);
   const int64_t noise_floats = has_noise ? SeededTiles::memory_floats(p.z, RANKS * BLOCK) : 0;
   const int64_t main_floats = plan.rows * BLOCK;
@@ -196,6 +199,7 @@ const char* zo_linear(const zo::ZoLinear& p) {
   float* const base_h = h_made + h_floats;
   float* const threads = base_h + base_floats;
   const float* const h = p.projected ? p.projected : h_made;
+  const Digits digits(p.w, M, packed);
   const X x = {in_place ? (const float*)p.x : packed, !in_place, p.x_stride, M, p.w.offset ? sums : nullptr};
 
 #pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
@@ -211,7 +215,8 @@ const char* zo_linear(const zo::ZoLinear& p) {
         const int64_t from = max(m0, g * group_rows), to = min(m1, (g + 1) * group_rows);
         if (from < to) project(rows, p.x_stride, from, to, K, p.basis + g * K * R, R, h_made, scratch);
       }
-      if (x_floats || sums_floats)
+      if (in_digits) pack_digits(p.w, rows, p.x_stride, m0, m1, digits);
+      else if (x_floats || sums_floats)
         pack_rows(p.w, rows, p.x_stride, m0, m1, M, x_floats ? packed : nullptr, sums_floats ? sums : nullptr);
     });
 #pragma omp barrier
@@ -221,7 +226,8 @@ const char* zo_linear(const zo::ZoLinear& p) {
       const int64_t rows = task.m1 - task.m0;
       float *panel = scratch, *main = panel + DEPTH * BLOCK, *tiles = main + main_floats;
       memset(main, 0, rows * BLOCK * sizeof(float));
-      if (p.w.codes) add_base(p.w, x, task, panel, main);
+      if (in_digits) add_base_digits(p.w, digits, task, main);
+      else if (p.w.codes) add_base(p.w, x, task, panel, main);
       if (base_rank) add_product(task, 0, M, base_h, base_rank, p.base_coeff, panel, main);
       if (R && p.coeff) add_product(task, 0, M, h, R, p.coeff, panel, main);
       for (int64_t g = 0; R && p.coeff_groups && g < p.G; g++)

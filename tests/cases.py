@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zoact_kernels import native
 from zoact_kernels.formats import PackedWeight, quantize
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -175,6 +176,11 @@ def weight_arguments(packed: PackedWeight | None) -> dict[str, Any]:
         weight=packed.weight, scale=packed.scale, offset=packed.offset, nested=packed.nested,
         format=packed.format, layout=packed.layout, group_size=packed.group_size,
     )  # fmt: skip
+
+
+def alike_isas(format: str) -> list[str]:
+    """Those of this CPU whose products agree bit for bit: base has no fused multiply-add, avx512vnni an int4 of its own."""
+    return [isa for isa in native.isas() if isa != "base" and not (isa == "avx512vnni" and format == "int4")]
 
 
 def activations(M: int, K: int, dtype: torch.dtype) -> Tensor:

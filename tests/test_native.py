@@ -21,11 +21,11 @@ needs_module = pytest.mark.skipif(native.module() is None, reason=native.why_mis
 def test_isas_best_first() -> None:
     isas = native.isas()
     assert isas[-1] == "base"
-    assert list(isas) == [isa for isa in ("avx512", "avx2", "base") if isa in isas]
+    assert list(isas) == [isa for isa in ("avx512vnni", "avx512", "avx2", "base") if isa in isas]
     assert set(isas) <= set(native.build()["isas"])
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    if " avx512vl " in flags and "avx512" in native.build()["isas"]:
-        assert isas[0] == "avx512"
+    if " avx512_vnni " in flags and "avx512vnni" in native.build()["isas"]:
+        assert isas[0] == "avx512vnni"
 
 
 @needs_module

@@ -152,7 +152,7 @@ print(build["ninja_file"](["c++"], {isas}, [], pathlib.Path("/a b.so"), pathlib.
 """
 
 
-@pytest.mark.parametrize("isas", [["base"], ["base", "avx2", "avx512"]])
+@pytest.mark.parametrize("isas", [["base"], ["base", "avx2", "avx512"], ["base", "avx2", "avx512", "avx512vnni"]])
 def test_ninja_file_keeps_isas_apart(root: Path, isas: list[str]) -> None:
     """Every kernel once per ISA with its flags only; nothing of an ISA that the compiler does not know."""
     command = [sys.executable, "-c", NINJA_FILE.format(isas=isas)]
@@ -160,7 +160,8 @@ def test_ninja_file_keeps_isas_apart(root: Path, isas: list[str]) -> None:
     lines = text.splitlines()
     kernels = len(list((root / "csrc/cpu").glob("*.cpp")))
     assert sum(": compile " in line for line in lines) == kernels * len(isas) + 1
-    assert ("-mavx512f" in text) == ("avx512" in isas) == ("ZO_HAS_AVX512" in text)
+    assert ("-mavx512f" in text) == ("avx512" in isas) == ("ZO_HAS_AVX512 " in text.replace("\n", " "))
+    assert ("-mavx512vnni" in text) == ("avx512vnni" in isas) == ("ZO_HAS_AVX512VNNI" in text)
     base = [after for line, after in itertools.pairwise(lines) if ".base.o: compile" in line]
     assert base and not any("-m" in flags for flags in base)
     assert "build /a$ b.so: link" in text

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DENSE, DENSE_SOAK, Case, activations, cover, dense_arguments, full, layouts, stored, weight_arguments
+from cases import alike_isas, DENSE, DENSE_SOAK, Case, activations, cover, dense_arguments, full, layouts, stored, weight_arguments
 from close import assert_no_worse
 from torch import Tensor
 
@@ -15,7 +15,6 @@ from zoact_kernels.formats import PackedWeight
 
 pytestmark = pytest.mark.skipif(native.module() is None, reason=native.why_missing() or "compiled")
 ISAS = native.isas()
-BITWISE = [isa for isa in ISAS if isa != "base"]  # these agree with one another; base has no fused multiply-add
 PATHS = ("int4-g32", "int4-g64-sym", "int8-row", "nf4-g64-nested", "dense-f32", "dense-bf16")
 WEIGHT = ("weight", "scale", "offset", "nested", "format", "layout", "group_size")
 OPTIONAL = (
@@ -76,7 +75,8 @@ def check(case: Case) -> None:
             y = run(isa, **arguments | weight_arguments(w))
             assert_no_worse(y, plain, truth, f"{isa} {w.layout if w else ''}")
             assert torch.equal(y, bits.setdefault(isa, y)), f"{isa}: layouts differ"
-    assert all(torch.equal(bits[isa], bits[BITWISE[0]]) for isa in BITWISE)
+    alike = [bits[isa] for isa in alike_isas(arguments["format"])]
+    assert all(torch.equal(y, alike[0]) for y in alike)
 
 
 @pytest.mark.parametrize("case", cover(DENSE), ids=str)

@@ -12,6 +12,7 @@ from cases import (
     LINEAR_SOAK,
     Case,
     activations,
+    alike_isas,
     cover,
     full,
     layouts,
@@ -27,7 +28,6 @@ from zoact_kernels.formats import PackedWeight
 
 pytestmark = pytest.mark.skipif(native.module() is None, reason=native.why_missing() or "compiled")
 ISAS = native.isas()
-BITWISE = [isa for isa in ISAS if isa != "base"]  # these agree with one another; base has no fused multiply-add
 
 # One weight for each way through the kernel: decoded in registers, byte codes, panels in place, scales of every kind.
 PATHS = ("int4-g32", "int4-g64-sym", "int8-row", "nf4-g64-nested", "dense-f32", "dense-bf16")
@@ -102,7 +102,8 @@ def check(case: Case) -> None:
             y = run(isa, **arguments | weight_arguments(w))
             assert_no_worse(y, plain, truth, f"{isa} {w.layout if w else ''}")
             assert torch.equal(y, bits.setdefault(isa, y)), f"{isa}: layouts differ"
-    assert all(torch.equal(bits[isa], bits[BITWISE[0]]) for isa in BITWISE)
+    alike = [bits[isa] for isa in alike_isas(arguments["format"])]
+    assert all(torch.equal(y, alike[0]) for y in alike)
 
 
 def stored_of(arguments: dict[str, Any]) -> PackedWeight | None:
@@ -233,6 +234,85 @@ def test_zo_linear_clean_group_is_clean(isa: str) -> None:
     arguments["sigmas"][0] = 0
     without_noise = {k: v for k, v in arguments.items() if k not in ("seeds", "sigmas", "param_id")} | dict(groups=1)
     assert torch.equal(run(isa, **arguments)[:3], run(isa, **rows_of(without_noise, 0, 3)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Awkward values: avx512vnni gives the x of a row and chunk one exponent
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("weight", ["int4-g32", "int4-g64-sym", "int4-row-f32"])
+@pytest.mark.parametrize("factor", [1e2, 1e4, 1e6])
+def test_zo_linear_outliers(isa: str, weight: str, factor: float) -> None:
+    """A massive activation in every other chunk, as language models have: as close as torch."""
+    arguments = example(5, 70, 300, weight)
+    arguments["x"][:, ::97] *= factor
+    truth = expected(**arguments, compute=torch.float64)
+    assert_no_worse(run(isa, **arguments), expected(**arguments), truth)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("weight", ["int4-g32", "int4-g64-sym"])
+def test_zo_linear_outliers_of_outliers(isa: str, weight: str) -> None:
+    """One x 1e6 times its neighbours, themselves 1e6 times the rest. Digits leave the error that the header derives:
+
+    half a unit of 2^-22 of the largest x of a chunk in each x, and 4 roundings of sums by 2^-24.
+    """
+    arguments = plainly(example(5, 70, 320, weight))
+    x = arguments["x"]
+    x[:, 64:128] *= 1e6
+    x[:, 70] *= 1e6
+    truth = expected(**arguments, compute=torch.float64)
+    packed = stored_of(arguments)
+    assert packed is not None
+    size = min(64, packed.span)
+    chunks = packed.dequantize(torch.float64).abs().view(70, -1, size).sum(-1)  # [N, chunks]
+    largest = x.double().abs().view(5, -1, size).amax(-1)  # [M, chunks]
+    allowed = largest @ chunks.T * (2.0**-23 + 4 * 2.0**-24) + 2.0**-22 * truth.abs()
+    assert ((run(isa, **arguments).double() - truth).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("exponent", [-100, -40, 0, 60])
+def test_zo_linear_every_mantissa_of_the_largest(isa: str, exponent: int) -> None:
+    """Largest values of a chunk all around a power of two, where a digit may carry; of both signs, and alone."""
+    near = torch.linspace(0.9, 1.1, 4096).repeat_interleave(8).view(-1, 8) * torch.tensor([1, -1, 0.5, 0, 0, 0, 0, 0.25])
+    near[::2, 1:] = 0
+    last = torch.nextafter(torch.ones(()), torch.zeros(()))
+    near[:2] = last * torch.tensor([1, -1, 1, -1, 1, -1, 1, -1.0])
+    arguments = example(len(near), 17, 8, "int4-g64-sym")
+    arguments["x"] = near * 2.0**exponent
+    arguments = plainly(arguments)
+    truth = expected(**arguments, compute=torch.float64)
+    assert_no_worse(run(isa, **arguments), expected(**arguments), truth)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("weight", ["int4-g32", "int4-g64-sym", "nf4-g64"])
+def test_zo_linear_infinity_and_nan_stay_in_their_rows(isa: str, weight: str) -> None:
+    arguments = plainly(example(6, 70, 300, weight))
+    clean = run(isa, **arguments)
+    x = arguments["x"].clone()
+    x[1, 70], x[3, 200], x[4, 131] = float("nan"), float("inf"), -float("inf")
+    y = run(isa, **arguments | dict(x=x))
+    want = expected(**arguments | dict(x=x))
+    assert torch.equal(y[[0, 2, 5]], clean[[0, 2, 5]])
+    assert y[1].isnan().all()
+    assert not y[3:5].isfinite().any()
+    known = ~want[3:5].isnan()
+    assert torch.equal(y[3:5][known & ~y[3:5].isnan()], want[3:5][known & ~y[3:5].isnan()])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("size", [0.0, 1e-42, 1e-37, 1e30])
+def test_zo_linear_tiny_and_huge(isa: str, size: float) -> None:
+    """Zeros, subnormal x and large x: finite, and within what rounding x to 2^-127 leaves."""
+    arguments = plainly(example(3, 33, 96, "int4-g64-sym"))
+    arguments["x"] = arguments["x"] * size
+    truth = expected(**arguments, compute=torch.float64)
+    y = run(isa, **arguments).double()
+    bound = truth.abs().max() * 1e-5 + 2.0**-127 * 96 * 8
+    assert y.isfinite().all() and (y - truth).abs().max() <= bound
 
 
 # ---------------------------------------------------------------------------------------------------------------------

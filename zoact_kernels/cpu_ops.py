@@ -1,7 +1,8 @@
 """The compiled CPU implementation (csrc/cpu): tensors become pointers and sizes here, and nowhere else.
 
 One module compiled for several instruction sets; the best that the processor has runs unless `using("cpu", isa=...)`
-says otherwise. avx2 and avx512 agree bit for bit, base (no FMA) within tolerance. Rows are batch-invariant.
+says otherwise. avx2 and avx512 agree bit for bit; base (no FMA) and the int4 of avx512vnni (csrc/cpu/digits.h) differ
+within tolerance. Rows are batch-invariant.
 """
 
 from __future__ import annotations

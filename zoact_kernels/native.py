@@ -26,7 +26,7 @@ def why_missing() -> str:
 
 @functools.cache
 def isas() -> tuple[str, ...]:
-    """Instruction sets this CPU can run among "avx512", "avx2", "base", best first; () without a compiled module."""
+    """What this CPU can run of "avx512vnni", "avx512", "avx2", "base", best first; () without a compiled module."""
     compiled = module()
     return compiled.isas() if compiled else ()
 

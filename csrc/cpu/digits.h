@@ -3,10 +3,10 @@
 //   x[m][k] = 2^e (65536 d2 + 256 d1 + d0) + r        |r| <= 2^(e-1), d in -128 .. 127, e per row and chunk of K
 //   sum_k x[m][k] c[k][n] = 2^e (65536 S2 + 256 S1 + S0),   S_i = sum_k d_i[m][k] (q[k][n] - 8)      exact in int32
 //
-// A digit costs a quarter of an fma, so the product takes 3/4 of the fma's time, and decoding is two operations for 64
-// codes. Nothing is rounded inside a chunk but x, to a 2^-23rd of its largest value there: the error is what fp32 sums
-// have, which round at the size of the largest term as well (law 2.3; the tests include rows with outliers). Rounding x
-// to 8 or 16 bits would not do for finite differences: sigma moves y by less than that.
+// vpdpbusd adds four of these products in a lane, so three digits take 3/4 of the time of an fma, and decoding is two
+// operations for 64 codes. Nothing is rounded inside a chunk but x: by at most 2^-23 of its largest value there, where
+// fp32 sums round at the size of their terms as well (law 2.3; tests/test_zo_linear.py, outliers). x in one or two
+// digits (8 or 16 bits) would not do: finite differences by sigma = 1e-3 drown in it.
 //
 // A chunk with an infinity keeps only the signs of the infinities, times infinity; one with a NaN is NaN.
 #pragma once
@@ -28,7 +28,7 @@ struct DigitRow {
 };
 
 ZO_INLINE bool has_digits(const Weight& w) {
-  return w.layout == zo::Layout::cpu && w.format == zo::Format::int4 && !w.flat;
+  return w.format == zo::Format::int4 && w.codes;
 }
 
 // Rows of digits, one after the other in each chunk; a chunk is at most DEPTH of one scale group.
@@ -128,25 +128,32 @@ void multiply_digits(const int8_t* digits, int64_t row_bytes, const DigitRow* ro
 #pragma GCC unroll 8
       for (int v = 0; v < V; v++) acc[r][v][0] = set1(rows[r].low), acc[r][v][1] = VI{}, acc[r][v][2] = set1(rows[r].high);
     const uint32_t* from = codes + n;
-    for (int64_t k = 0; k < depth; k += 8, from += columns) {
-      const int8_t* at = digits + k / PIECE * PIECE_BYTES + k % PIECE;
+    const int8_t* at[R];
+    for (int r = 0; r < R; r++) at[r] = digits + r * row_bytes;
+    const auto eight = [&](int first) __attribute__((always_inline)) {
 #pragma GCC unroll 2
       for (int odd = 0; odd < 2; odd++) {
         VU q[V];
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++) q[v] = (load(from + v * W) >> 4 * odd) & 0x0f0f0f0fu;
+        from += odd ? columns : 0;
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
 #pragma GCC unroll 3
           for (int i = 0; i < 3; i++) {
             int32_t four;
-            memcpy(&four, at + r * row_bytes + i * PIECE + 4 * odd, 4);
+            memcpy(&four, at[r] + i * PIECE + first + 4 * odd, 4);
 #pragma GCC unroll 8
             for (int v = 0; v < V; v++)
               acc[r][v][i] = (VI)_mm512_dpbusd_epi32((__m512i)acc[r][v][i], (__m512i)q[v], (__m512i)set1(four));
           }
         }
       }
+    };
+    for (int64_t k = 0; k < depth; k += PIECE) {
+      eight(0);
+      if (k + 8 < depth) eight(8);
+      for (int r = 0; r < R; r++) at[r] += PIECE_BYTES;
     }
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) {
@@ -164,6 +171,7 @@ void multiply_digits(const int8_t* digits, int64_t row_bytes, const DigitRow* ro
 }
 
 constexpr int DIGIT_ROWS = 4;  // of a tile: 4 x 2 zmm of three digits each fill the accumulator registers
+
 typedef void (*MultiplyDigits)(const int8_t*, int64_t, const DigitRow*, const uint32_t*, int64_t, int64_t, const float*,
                                const float*, float*);
 constexpr MultiplyDigits multiply_digits_wide[DIGIT_ROWS] = {multiply_digits<1, 4>, multiply_digits<2, 4>,
@@ -171,19 +179,36 @@ constexpr MultiplyDigits multiply_digits_wide[DIGIT_ROWS] = {multiply_digits<1, 
 constexpr MultiplyDigits multiply_digits_narrow[DIGIT_ROWS] = {multiply_digits<1, 1>, multiply_digits<2, 1>,
                                                                multiply_digits<3, 1>, multiply_digits<4, 1>};
 
+// Dwords of eight codes of a chunk, [depth / 8][columns], as layout `cpu` has them; `buffer` is for layout `row`.
+inline const uint32_t* dwords_of(const Weight& w, const Block& block, const Chunk& chunk, uint32_t* buffer) {
+  const int64_t row = chunk.k / zo::CODES_PER_DWORD, rows = zo::ceil_div(chunk.depth, zo::CODES_PER_DWORD);
+  if (w.layout == zo::Layout::cpu)
+    return (const uint32_t*)w.codes + block.n0 * zo::code_rows(w.format, w.K) + row * block.columns;
+  const int64_t bytes = zo::ceil_div(w.K, 2);  // of a column; the last dword may be cut short
+  for (int64_t n = 0; n < block.columns; n++) {
+    const uint8_t* from = (const uint8_t*)w.codes + (block.n0 + n) * bytes;
+    for (int64_t i = 0; i < rows; i++) {
+      uint32_t dword = 0;
+      if (n < block.live) memcpy(&dword, from + 4 * (row + i), min(4, bytes - 4 * (row + i)));
+      buffer[i * block.columns + n] = dword;
+    }
+  }
+  return buffer;
+}
+
 void add_base_digits(const Weight& w, const Digits& x, const Task& task, float* main) {
   float scale[BLOCK], offset[BLOCK];
   const int64_t rows = task.m1 - task.m0, columns = task.block.columns, tiles = zo::ceil_div(rows, DIGIT_ROWS);
-  const uint32_t* codes = (const uint32_t*)w.codes + task.block.n0 * zo::code_rows(w.format, w.K);
+  uint32_t buffer[DEPTH / zo::CODES_PER_DWORD * BLOCK];
   int64_t index = 0;
   for (Chunk chunk = digit_chunk(w, x.depth, 0); chunk.k < w.K; chunk = digit_chunk(w, x.depth, chunk.k + chunk.depth), index++) {
     if (starts_group(w, chunk)) chunk_scales(w, task.block, chunk, scale, offset);
+    const uint32_t* codes = dwords_of(w, task.block, chunk, buffer);
     for (int64_t t = 0, r = 0; t < tiles; t++) {  // 6 rows are 3 + 3
       const int64_t next = (t + 1) * rows / tiles;
       (columns == BLOCK ? multiply_digits_wide : multiply_digits_narrow)[next - r - 1](
           x.at(index, task.m0 + r), x.row_bytes, x.row(index, task.m0 + r),
-          codes + chunk.k / zo::CODES_PER_DWORD * columns, columns, chunk.depth, scale, w.offset ? offset : nullptr,
-          main + r * BLOCK);
+          codes, columns, chunk.depth, scale, w.offset ? offset : nullptr, main + r * BLOCK);
       r = next;
     }
   }

@@ -12,6 +12,7 @@
 // only changes what the sums over a chunk are multiplied with.
 //
 // Bound: the noise up to some 100 rows, then fma. Tests: tests/test_zo_dense_linear.py.
+#include "digits.h"
 #include "direction.h"
 #include "tile.h"
 
@@ -59,6 +60,16 @@ const float* noise_factor(const zo::ZoDenseLinear& p, const Block& block, const 
   return work.factor;
 }
 
+// The groups without noise, where they have a product of their own; the others follow in add_weight.
+void add_clean(const zo::ZoDenseLinear& p, const Digits& x, const Plan& plan, const Task& task, const Workspace& work) {
+  const int64_t rows = task.m1 - task.m0;
+  for (int64_t g = task.g0; g < task.g1; g++) {
+    if (SeededTiles::is_active(p.z, g)) continue;
+    const int64_t m = g * plan.size + task.m0;
+    add_base_digits(p.w, x, {task.block, g, g + 1, m, m + rows}, work.main + (g - task.g0) * rows * BLOCK);
+  }
+}
+
 void add_weight(const zo::ZoDenseLinear& p, const X& x, const Plan& plan, const Task& task, const Workspace& work) {
   const Weight& w = p.w;
   const Block& block = task.block;
@@ -67,6 +78,7 @@ void add_weight(const zo::ZoDenseLinear& p, const X& x, const Plan& plan, const 
   SeededTiles noise(p.z, PANEL, work.tiles);
   bool any_clean = false, any_active = false;
   for (int64_t g = task.g0; g < task.g1; g++) (SeededTiles::is_active(p.z, g) ? any_active : any_clean) = true;
+  if (has_digits(w)) any_clean = false;  // add_clean's
 
   int64_t index = 0;
   for (Chunk chunk = chunk_at(w, 0); chunk.k < w.K; chunk = chunk_at(w, chunk.k + chunk.depth), index++) {
@@ -94,7 +106,7 @@ void add_weight(const zo::ZoDenseLinear& p, const X& x, const Plan& plan, const 
                       work.main + (g - task.g0) * rows * BLOCK);
       };
       if (!SeededTiles::is_active(p.z, g)) {
-        if (codes) multiply(codes, scale, w.offset ? offset : nullptr);
+        if (any_clean && codes) multiply(codes, scale, w.offset ? offset : nullptr);
       } else if (p.on_scale) {
         float moved[BLOCK], moved_offset[BLOCK];
         noise.weigh(g, work.sum);
@@ -127,8 +139,8 @@ const char* zo_dense_linear(const zo::ZoDenseLinear& p) {
       return "`noise_on` is 'scale', which needs a weight with scales of its own per row (not dense, not flat blocks)";
     if (p.mask != zo::Mask::none || p.noise_scale) return "`noise_on` is 'scale', which takes no mask and no noise_scale";
   }
-  bool any_active = false;
-  for (int64_t g = 0; g < p.G; g++) any_active |= SeededTiles::is_active(p.z, g);
+  bool any_active = false, any_clean = false;
+  for (int64_t g = 0; g < p.G; g++) (SeededTiles::is_active(p.z, g) ? any_active : any_clean) = true;
   if (!any_active) {
     zo::ZoLinear clean = {};
     clean.x = p.x, clean.y = p.y, clean.dtype = p.dtype, clean.M = M, clean.x_stride = p.x_stride, clean.w = p.w;
@@ -138,18 +150,23 @@ const char* zo_dense_linear(const zo::ZoDenseLinear& p) {
   const Plan plan(p.w, M, p.G, p.threads, MAX_GROUPS, MAX_ROWS);
   const bool in_place = p.dtype == zo::DType::f32 && M <= ROWS;
   const int64_t x_floats = in_place ? 0 : aligned(M * K), sums_floats = p.w.offset ? aligned(chunk_count(p.w) * M) : 0;
+  const bool clean_digits = any_clean && has_digits(p.w);
+  const int64_t digit_floats = clean_digits ? Digits::floats(p.w, M) : 0;
   const int64_t thread_floats = Workspace::floats(p, plan);
-  const Scratch memory(x_floats + sums_floats + plan.threads * thread_floats);
+  const Scratch memory(x_floats + sums_floats + digit_floats + plan.threads * thread_floats);
   if (!memory.get()) return NO_MEMORY;
   float* const packed = memory.get();
   float* const sums = packed + x_floats;
   const X x = {in_place ? (const float*)p.x : packed, !in_place, p.x_stride, M, p.w.offset ? sums : nullptr};
+  const Digits digits(p.w, M, sums + sums_floats);
 
 #pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
   {
     const Share share;
-    const Workspace work(sums + sums_floats + share.thread * thread_floats, plan);
+    const Workspace work(sums + sums_floats + digit_floats + share.thread * thread_floats, plan);
     with_type(p.dtype, [&](auto type) {
+      if (clean_digits)
+        pack_digits(p.w, (const decltype(type)*)p.x, p.x_stride, share.begin(M), share.end(M), digits);
       if (x_floats || sums_floats)
         pack_rows(p.w, (const decltype(type)*)p.x, p.x_stride, share.begin(M), share.end(M), M,
                   x_floats ? packed : nullptr, sums_floats ? sums : nullptr);
@@ -160,6 +177,7 @@ const char* zo_dense_linear(const zo::ZoDenseLinear& p) {
       const Task task = plan.task(i);
       const int64_t rows = task.m1 - task.m0;
       memset(work.main, 0, (task.g1 - task.g0) * rows * BLOCK * sizeof(float));
+      if (clean_digits) add_clean(p, digits, plan, task, work);
       add_weight(p, x, plan, task, work);
       for (int64_t g = task.g0; g < task.g1; g++)
         store_block(work.main + (g - task.g0) * rows * BLOCK, g * plan.size + task.m0, rows, task.block, p.bias,

@@ -18,7 +18,6 @@ namespace {
 
 constexpr int FIRST = 4;                 // rows of the tile that decodes; a fused decode is hidden behind four fma
 constexpr int64_t SPAN = 256;            // k that `project` takes at a time
-constexpr int64_t DIGIT_RANGE = 96;
 constexpr int64_t RANKS = 32;            // columns of h that one panel takes: sums of 64 rounded twice as far as torch's
 
 // ---------------------------------------------------------------- the tile that decodes
@@ -180,9 +179,9 @@ const char* zo_linear(const zo::ZoLinear& p) {
   if (p.G < 1 || M % p.G) return "`x` has a number of rows that its row groups do not divide";
   const int64_t R = p.R, base_rank = p.base_basis ? p.base_rank : 0, group_rows = M / p.G;
   const bool has_noise = R > 0 && p.z.S > 0 && p.z.noise != zo::Noise::none;
-  const bool in_digits = p.w.codes && has_digits(p.w), in_place = p.dtype == zo::DType::f32 && M <= ROWS;
+  const bool in_digits = has_digits(p.w), in_place = p.dtype == zo::DType::f32 && M <= ROWS;
   // 512 rows of main: 128 KB of L2
-  const Plan plan(p.w, M, 1, p.threads, 1, in_digits ? DIGIT_RANGE : max(96, min(512, X_BLOCK / max(K, 1))));
+  const Plan plan(p.w, M, 1, p.threads, 1, max(96, min(512, X_BLOCK / max(K, 1))));
 
   // Shared: packed x, its sums, h, base h. Per thread: panel, main, noise; before that, the scratch of `project`.
   const int64_t x_floats = in_digits ? Digits::floats(p.w, M) : in_place || !p.w.codes ? 0 : aligned(M * K);

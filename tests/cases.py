@@ -179,7 +179,7 @@ def weight_arguments(packed: PackedWeight | None) -> dict[str, Any]:
 
 
 def alike_isas(format: str) -> list[str]:
-    """Those of this CPU whose products agree bit for bit: base has no fused multiply-add, avx512vnni an int4 of its own."""
+    """Those of this CPU whose products agree bit for bit: base has no fma, avx512vnni an int4 of its own."""
     return [isa for isa in native.isas() if isa != "base" and not (isa == "avx512vnni" and format == "int4")]
 
 

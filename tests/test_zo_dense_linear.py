@@ -6,7 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from cases import alike_isas, DENSE, DENSE_SOAK, Case, activations, cover, dense_arguments, full, layouts, stored, weight_arguments
+from cases import (
+    DENSE,
+    DENSE_SOAK,
+    Case,
+    activations,
+    alike_isas,
+    cover,
+    dense_arguments,
+    full,
+    layouts,
+    stored,
+    weight_arguments,
+)
 from close import assert_no_worse
 from torch import Tensor
 

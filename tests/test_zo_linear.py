@@ -276,7 +276,9 @@ def test_zo_linear_outliers_of_outliers(isa: str, weight: str) -> None:
 @pytest.mark.parametrize("exponent", [-100, -40, 0, 60])
 def test_zo_linear_every_mantissa_of_the_largest(isa: str, exponent: int) -> None:
     """Largest values of a chunk all around a power of two, where a digit may carry; of both signs, and alone."""
-    near = torch.linspace(0.9, 1.1, 4096).repeat_interleave(8).view(-1, 8) * torch.tensor([1, -1, 0.5, 0, 0, 0, 0, 0.25])
+    near = torch.linspace(0.9, 1.1, 4096).repeat_interleave(8).view(-1, 8) * torch.tensor(
+        [1, -1, 0.5, 0, 0, 0, 0, 0.25]
+    )
     near[::2, 1:] = 0
     last = torch.nextafter(torch.ones(()), torch.zeros(()))
     near[:2] = last * torch.tensor([1, -1, 1, -1, 1, -1, 1, -1.0])

@@ -43,8 +43,8 @@ class Times:
 def clock_of(device: str, threads: int) -> Callable[[], float]:
     """A clock in seconds.
 
-    CPU time for one thread, since a neighbour's load then hardly shows, wall-clock time for more; on a GPU the time of an
-    event recorded now, after all work before it.
+    CPU time for one thread, since a neighbour's load then hardly shows, wall-clock time for more; on a GPU the time of
+    an event recorded now, after all work before it.
     """
     if device == "cpu":
         return time.process_time if threads == 1 else time.perf_counter
@@ -61,7 +61,12 @@ def clock_of(device: str, threads: int) -> Callable[[], float]:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[int], Any]], ring: int, threads: int, device: str = "cpu", rounds: int = ROUNDS
+    calls: Mapping[str, Callable[[int], Any]],
+    ring: int,
+    threads: int,
+    device: str = "cpu",
+    rounds: int = ROUNDS,
+    budget: float = BUDGET_SECONDS,
 ) -> dict[str, Times]:
     """Time the calls in turn, A B C A B C …, so that drift of the machine meets all of them.
 
@@ -76,7 +81,7 @@ def interleaved(
         call(0)
         once = max(clock() - start, 1e-6)
         repeats[name] = max(1, min(1000, round(SAMPLE_SECONDS / once)))
-        rounds = max(3, min(rounds, int(BUDGET_SECONDS / (repeats[name] * once))))
+        rounds = max(3, min(rounds, int(budget / (repeats[name] * once))))
     position = dict.fromkeys(calls, 0)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -106,7 +111,12 @@ def peak_bytes(call: Callable[[int], Any], device: str) -> int | None:
         before = torch.cuda.memory_allocated()
         call(0)
         return torch.cuda.max_memory_allocated() - before
-    thread = threading.Thread(target=call, args=(0,))
+
+    @torch.inference_mode()
+    def alone() -> None:
+        call(0)
+
+    thread = threading.Thread(target=alone)
     with memory.peak_memory() as peak:
         thread.start()
         thread.join()

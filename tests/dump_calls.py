@@ -2,7 +2,8 @@
 
 A call of the compiled module becomes one record: its name, the test that made it, its arguments after the ISA. Where a
 pointer of `cpu_ops._ptr` is handed over stand the bytes from there to the last element of its tensor, as before the
-call. Calls that differ in values alone are recorded once. One file per process, which appears when the tests are done.
+call. Calls that differ in values alone are recorded once. A file for each kernel and process appears when the tests
+are done.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from zoact_kernels import cpu_ops, native
 
 KERNELS = "zo_linear zo_dense_linear zo_update zo_perturb dequantize".split()
-MOST_BYTES = 4 << 20  # of a recorded call
+MOST_BYTES = 8 << 20  # of a recorded call
 
 
 def extent(tensor: Tensor) -> int:
@@ -52,10 +53,10 @@ class CallDump:
     """Replaces the functions of the compiled module by ones that record and call."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / f"{os.environ.get('PYTEST_XDIST_WORKER', 'main')}.calls"
+        self.folder = folder
         self.extents: dict[int, int] = {}  # of the tensors whose pointers were taken since the last call
         self.seen: set[tuple] = set()
-        self.file: BinaryIO | None = None
+        self.files: dict[str, BinaryIO] = {}
         cpu_ops._ptr = self.pointer
         for name in KERNELS:
             setattr(native.module(), name, self.recording(name, getattr(native.module(), name)))
@@ -73,18 +74,21 @@ class CallDump:
                 data, key = encoded(arguments[:-1], extents)  # the driver chooses the threads
                 if (name, key) not in self.seen:
                     self.seen.add((name, key))
-                    self.write(name.encode(), os.environ["PYTEST_CURRENT_TEST"].encode(), data)
+                    self.write(name, os.environ["PYTEST_CURRENT_TEST"], data)
             kernel(isa, *arguments)
 
         return record_and_call
 
-    def write(self, name: bytes, test: bytes, data: bytes) -> None:
-        if self.file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.with_suffix(".part").open("wb")
-        self.file.write(struct.pack("<qq", len(name), len(test)) + name + test + data)
+    def write(self, name: str, test: str, data: bytes) -> None:
+        if name not in self.files:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+            self.files[name] = (self.folder / f"{name}-{worker}.part").open("wb")
+        for text in (name.encode(), test.encode()):
+            self.files[name].write(struct.pack("<q", len(text)) + text)
+        self.files[name].write(data)
 
     def pytest_unconfigure(self) -> None:
-        if self.file is not None:
-            self.file.close()
-            self.path.with_suffix(".part").replace(self.path)
+        for file in self.files.values():
+            file.close()
+            Path(file.name).replace(Path(file.name).with_suffix(".calls"))

@@ -20,7 +20,7 @@ import setup  # noqa: E402
 
 # GCC has no float-cast-overflow in `undefined`, and a float too large for an integer is undefined all the same.
 SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all".split()
-FLAGS = [*SANITIZERS, *"-g -O1 -fno-omit-frame-pointer".split()]  # the last -O wins
+FLAGS = [*SANITIZERS, *"-g -O1 -fno-omit-frame-pointer -DZO_ALWAYS_THREADS".split()]  # the last -O wins
 
 
 def build(csrc: Path, folder: Path, workers: int, isas: Sequence[str] = tuple(setup.ISAS)) -> Path:

@@ -25,8 +25,8 @@ struct Isa {
       zo_##isa::dequantize, zo_##isa::noise_run
 
 [[maybe_unused]] static bool runs_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
 }
 
 // What was compiled, best first; setup.py defines ZO_HAS_<ISA> for each instruction set its compiler knows.

@@ -91,6 +91,14 @@ struct Share {
   int64_t end(int64_t count) const { return (thread + 1) * count / threads; }
 };
 
+// Whether one thread does so little (under about 100 us) that waking others would cost more than it saves.
+ZO_INLINE bool is_short(int64_t work, int64_t limit) {
+#ifdef ZO_ALWAYS_THREADS  // tests/sanitize.py: small problems take the paths of large ones
+  limit = 0;
+#endif
+  return work < limit;
+}
+
 // What a thread does at a time: 64 columns, and the rows m0 .. m1 - 1 of each of the groups g0 .. g1 - 1.
 struct Task {
   Block block;
@@ -111,7 +119,7 @@ struct Plan {
       : w(w), threads(max_threads < 1 ? 1 : max_threads), groups(groups), size(M / groups), blocks(zo::ceil_div(w.N, BLOCK)),
         batch(min(groups, max_groups)) {
     const int64_t K = max(w.K, 1);
-    if (w.N * K * (M + 2) < 5000000) threads = 1;  // under 100 us: waking a thread costs more than it saves
+    if (is_short(w.N * K * (M + 2), 5000000)) threads = 1;
     row_blocks = zo::ceil_div(size, max(ROWS, max_rows / batch));
     // Few blocks of columns: more ranges of rows, until the busiest thread has at most 1/16 more than its share.
     while (16 * zo::ceil_div(tasks(), threads) * threads > 17 * tasks() && size >= 16 * ROWS * row_blocks) row_blocks++;

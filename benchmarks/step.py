@@ -1,18 +1,18 @@
-"""A whole training step of the demo model, ours and others': `zoact bench --step`, or `python -m benchmarks.step`.
+"""A whole training step of the demo model, ours and others': `zoact bench step`, or `python -m benchmarks.step`.
 
 Same model (SmolLM2-135M), same batch, same label-only head, as many rows through every layer for each:
 
     zoact       ZO-Act on the 4-bit model: + and - stacked in one forward, update of C included
     forward     the floor: a plain forward of the same rows through the same 4-bit model, no side path
-    mezo        MeZO in place on the dense fp32 twin: w += sigma z, two forwards, w restored, w updated (arXiv 2305.17333)
+    mezo        MeZO in place on the dense fp32 twin: w += sigma z, two forwards, w restored, w updated (2305.17333)
     lora        a PEFT LoRA of rank 1 on the dense twin, moved as in MeZO, two forwards
     dual        P-RGE's dual forwarding on the dense twin: + and - stacked, B+ and B- side by side, one bmm (2409.15520)
     dense       a plain forward of the same rows through the dense twin
 
 Times are taken in turn in one process. Memory is taken in a fresh process each: bytes above the imports after loading,
 and the highest in a step. There every block of 64 kB and more is mapped by itself (MALLOC_MMAP_THRESHOLD_), so that the
-peak is what is alive: otherwise it is also which holes of the heap a run happens to touch, 22 to 55 MB for the same step.
-One JSON line a contender is appended to the results.
+peak is what is alive: else it is also which holes of the heap a run happens to touch, 22 to 55 MB for the same step.
+A profiled step says where the time goes. One JSON line a contender is appended to the results.
 """
 
 from __future__ import annotations
@@ -177,6 +177,27 @@ CONTENDERS: dict[str, Callable[[], Contender]] = {
 }  # fmt: skip
 
 
+KINDS = {  # of what a step does, by the start of the op's name; the first match counts
+    "linear layers": ("zoact::zo_linear", "aten::addmm", "aten::mm", "aten::bmm"),
+    "attention": ("aten::_scaled_dot_product",),
+    "noise and update": ("zoact::zo_update_", "aten::normal_", "aten::add_", "aten::sub_"),
+}
+
+
+def anatomy(step: Callable[[], Any]) -> dict[str, float]:
+    """Share of each kind of op in the CPU time of a step; "other": norms, activations, rotations, the loss, Python."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        start = time.process_time()
+        step()
+        total = time.process_time() - start
+    spent = dict.fromkeys(KINDS, 0.0)
+    for event in profile.key_averages():
+        kind = next((kind for kind, names in KINDS.items() if event.key.startswith(names)), None)
+        if kind:
+            spent[kind] += event.self_cpu_time_total / 1e6 / total
+    return {**spent, "other": max(0.0, 1 - sum(spent.values()))}
+
+
 def phases(name: str) -> dict[str, int | None]:
     """Bytes above the imports, in this process: after loading, and the peak of a step."""
     for library in ("gguf", "peft", "tokenizers", "transformers.models.llama.modeling_llama"):
@@ -217,6 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     calls = {name: (lambda i, step=contender.step: step()) for name, contender in ready.items()}
     console.print(f"timing {len(calls)} contenders in turn")
     times = interleaved(calls, 1, options.threads, rounds=ROUNDS, budget=120)
+    shares = {name: anatomy(contender.step) for name, contender in ready.items()}
     load, rows = os.getloadavg()[0], 2 * ready["zoact"].batch.input_ids.numel()
     ready.clear(), calls.clear()
     held = {}
@@ -239,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "run": run, "step": name, "rows": rows, "threads": options.threads, "load": round(load, 2),
                 "seconds": {"p20": taken.quantile(0.2), "p50": taken.median, "p80": taken.quantile(0.8)},
                 "over_ours": {"p20": over.quantile(0.2), "p50": over.median, "p80": over.quantile(0.8)},
-                "bytes_above_imports": bytes,
+                "bytes_above_imports": bytes, "shares": shares[name],
             }  # fmt: skip
             file.write(json.dumps(row) + "\n")
             above = bytes["step"] - bytes["loaded"] if bytes["step"] is not None else None

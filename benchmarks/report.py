@@ -217,10 +217,10 @@ def main() -> None:
         versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
         head.append(
             f"{machine.get('gpu', machine['cpu'])}, {machine['cores']} cores, {' '.join(machine['flags'])}; "
-            f"{versions}; commit {machine['commit']}. Roof of one core, measured in the run: {roof['flops'] / 1e9:.0f} GFLOP/s by "
-            f"fma, {roof['cache_bandwidth'] / 1e9:.0f} GB/s from cache, {roof['memory_bandwidth'] / 1e9:.0f} GB/s from "
-            "memory. One thread in CPU time unless said; the others as multiples of our time: median [p20, p80] of the "
-            "ratio round by round."
+            f"{versions}; commit {machine['commit']}. Roof of one core, measured in the run: "
+            f"{roof['flops'] / 1e9:.0f} GFLOP/s by fma, {roof['cache_bandwidth'] / 1e9:.0f} GB/s from cache, "
+            f"{roof['memory_bandwidth'] / 1e9:.0f} GB/s from memory. One thread in CPU time unless said; the others as "
+            "multiples of our time: median [p20, p80] of the ratio round by round."
         )
     body = "\n".join([*head, "", *table(rows), "", *(steps_table(steps) if steps else [])])
     write_whole(RESULTS / "report.md", f"# Benchmarks\n\n{body}\n")

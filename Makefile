@@ -14,13 +14,15 @@ WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 BUILT := zoact_kernels/_build.json
-SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.*)
+SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt $(PIP_ARGS)
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(if $(STRICT),--strict-prerequisites)
 # Waiting threads sleep: on a machine with other work, spinning ones made two threads three times slower than one; on an
 # idle one the step takes the same time either way.
 export OMP_WAIT_POLICY ?= passive
 export ZOACT_BUILD_CPU ?= $(if $(STRICT),1,auto)
+# Six architectures take minutes, and no test loads the library: ZOACT_BUILD_CUDA=auto builds it where nvcc is.
+export ZOACT_BUILD_CUDA ?= 0
 
 .PHONY: setup build test soak sanitize check format demo bench bench-peers clean
 .DELETE_ON_ERROR:
@@ -61,7 +63,7 @@ bench-peers: $(READY)
 	$(PIP) --no-deps -r benchmarks/peers.txt
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache $(BUILT) zoact_kernels/_C.*.so
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache $(BUILT) zoact_kernels/_C.*.so zoact_kernels/_cuda.so
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -6,8 +6,12 @@ runs it, so a rebuild compiles only what changed. Nothing here needs torch: the 
     ZOACT_BUILD_CPU=auto   (default) without a working compiler install pure Python, say so, and record the reason
     ZOACT_BUILD_CPU=1      a compiler is required, any failure is an error (`make`, CI)
     ZOACT_BUILD_CPU=0      pure Python
+    ZOACT_BUILD_CUDA=auto  (default) csrc/cuda too where nvcc is; 1: nvcc is required; 0: no
+    ZOACT_CUDA_ARCHS       the GPUs to compile for, "80 86 89 90a 100 120" by default, and PTX of the last one
 
-`_build.json` beside the module records what was built, or why nothing was; `zoact_kernels.native` reads it.
+The CUDA kernels become a library of their own, `_cuda.so`, with a C interface and a static cudart: the module does not
+need it, and it is loaded where there is a GPU. `_build.json` beside the module records what was built, or why it was
+not; `zoact_kernels.native` reads it.
 """
 
 from __future__ import annotations
@@ -38,6 +42,9 @@ ISAS = {  # base must exist; another is left out where the compiler does not kno
     "avx512": AVX512.split(),
     "avx512vnni": f"{AVX512} -mavx512vnni".split(),
 }
+CUDA_ARCHS = "80 86 89 90a 100 120"
+# No FMA but those that are written, as above; two threads of nvcc, since each architecture is a compilation of its own.
+CUDA_FLAGS = "-O3 -std=c++17 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden -cudart static --threads 2".split()
 
 
 class CannotBuild(Exception):
@@ -105,7 +112,7 @@ def ninja_file(compiler: list[str], isas: list[str], openmp: list[str], target: 
 def compile_module(target: Path, folder: Path) -> dict[str, object]:
     """Compile csrc into `target`, with objects in `folder`; returns the build record or raises CannotBuild."""
     try:
-        import ninja
+        import ninja  # noqa: F401
         import pybind11  # noqa: F401
     except ImportError as error:
         raise CannotBuild(f"a build requirement is missing: {error}") from None
@@ -119,6 +126,15 @@ def compile_module(target: Path, folder: Path) -> dict[str, object]:
     folder.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(ninja_file(compiler, isas, openmp, target.resolve(), folder))
+    run_ninja(folder)
+    version = subprocess.run([*compiler, "--version"], text=True, capture_output=True).stdout.partition("\n")[0]
+    return {"compiler": version, "isas": isas, "openmp": bool(openmp)}
+
+
+def run_ninja(folder: Path) -> None:
+    """Builds what folder/build.ninja says; raises CannotBuild with the first error."""
+    import ninja
+
     command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder), f"-j{os.cpu_count() or 1}"]
     output = []
     with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
@@ -128,8 +144,57 @@ def compile_module(target: Path, folder: Path) -> dict[str, object]:
     if process.returncode:
         first = next((line for line in output if "error" in line), "".join(output[-3:])).strip()
         raise CannotBuild(f"compiling failed: {first}")
-    version = subprocess.run([*compiler, "--version"], text=True, capture_output=True).stdout.partition("\n")[0]
-    return {"compiler": version, "isas": isas, "openmp": bool(openmp)}
+
+
+def cuda_ninja_file(nvcc: str, archs: list[str], target: Path, folder: Path) -> str:
+    """The build of `_cuda.so`: every .cu once for all architectures, one link."""
+    csrc = Path(os.path.relpath(ROOT / "csrc", folder))
+    newest = archs[-1].rstrip("af")
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+
+    def path(name: Path | str) -> str:
+        return str(name).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    command = shlex.join([nvcc, *CUDA_FLAGS]).replace("$", "$$")
+    stems = sorted(source.stem for source in (ROOT / "csrc/cuda").glob("*.cu"))
+    return "\n".join([
+        "ninja_required_version = 1.5",
+        "rule compile",
+        f"  command = {command} {shlex.join(codes)} -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        "rule link",
+        f"  command = {command} -shared $in -o $out",
+        "  description = link $out",
+        *(f"build {stem}.cuda.o: compile {path(csrc / f'cuda/{stem}.cu')}" for stem in stems),
+        f"build {path(target)}: link {' '.join(f'{stem}.cuda.o' for stem in stems)}",
+        "",
+    ])  # fmt: skip
+
+
+def compile_cuda(target: Path, folder: Path, wish: str) -> dict[str, object]:
+    """Compile csrc/cuda into `target`; returns what the record says of it."""
+    try:
+        if wish == "0":
+            raise CannotBuild("switched off by ZOACT_BUILD_CUDA=0 at build time")
+        nvcc = shutil.which("nvcc")
+        if nvcc is None:
+            raise CannotBuild("no CUDA compiler: nvcc is not on the PATH")
+        archs = os.environ.get("ZOACT_CUDA_ARCHS", CUDA_ARCHS).replace(",", " ").split()
+        if not archs:
+            raise CannotBuild("ZOACT_CUDA_ARCHS is empty")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(cuda_ninja_file(nvcc, archs, target.resolve(), folder))
+        run_ninja(folder)
+        version = subprocess.run([nvcc, "--version"], text=True, capture_output=True).stdout.strip().split("\n")[-1]
+        return {"cuda_compiler": version, "cuda_archs": archs}
+    except CannotBuild as reason:
+        if wish == "1":
+            raise SystemExit(f"zoact_kernels: {reason} (ZOACT_BUILD_CUDA=1 asks for the CUDA kernels)") from None
+        target.unlink(missing_ok=True)  # never one of an earlier build
+        return {"why_no_cuda": str(reason)}
 
 
 class BuildKernels(build_ext):
@@ -139,6 +204,9 @@ class BuildKernels(build_ext):
         wish = os.environ.get("ZOACT_BUILD_CPU", "auto")
         if wish not in ("auto", "0", "1"):
             raise SystemExit(f"ZOACT_BUILD_CPU is {wish!r}; it must be auto, 0 or 1")
+        cuda = os.environ.get("ZOACT_BUILD_CUDA", "auto")
+        if cuda not in ("auto", "0", "1"):
+            raise SystemExit(f"ZOACT_BUILD_CUDA is {cuda!r}; it must be auto, 0 or 1")
         self.module = Path(self.get_ext_fullpath(self.extensions[0].name))
         try:
             if wish == "0":
@@ -150,6 +218,10 @@ class BuildKernels(build_ext):
             print(f"\nWARNING: zoact_kernels is built WITHOUT its compiled CPU kernels: {reason}\n", file=sys.stderr)
             self.module.unlink(missing_ok=True)  # never one of an earlier build
             record = {"why_missing": str(reason)}
+        if "why_missing" in record:  # a pure wheel holds no library
+            self.library.unlink(missing_ok=True)
+        else:
+            record |= compile_cuda(self.library, ROOT / "build" / "cuda", cuda)
         self.module.parent.mkdir(parents=True, exist_ok=True)
         self.record.write_text(json.dumps(record) + "\n")
 
@@ -157,9 +229,14 @@ class BuildKernels(build_ext):
     def record(self) -> Path:
         return self.module.with_name("_build.json")
 
+    @property
+    def library(self) -> Path:
+        return self.module.with_name("_cuda.so")
+
     def get_outputs(self) -> list[str]:
         module = Path(self.get_ext_fullpath(self.extensions[0].name))
-        return [str(path) for path in (module, module.with_name("_build.json")) if path.exists()]
+        paths = (module, module.with_name("_build.json"), module.with_name("_cuda.so"))
+        return [str(path) for path in paths if path.exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}  # an editable build writes into the source tree

@@ -57,15 +57,18 @@ def package_files(tree: Path) -> list[Path]:
     return [path for path in files if path.name != "_build.json"]
 
 
+NO_CUDA = {"ZOACT_BUILD_CUDA": "0"}  # it would compile for minutes; test_cuda_library_is_optional asks for it
+
+
 def setup_py(tree: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "setup.py", *arguments]
-    return subprocess.run(command, cwd=tree, text=True, capture_output=True, env={**os.environ, **env})
+    return subprocess.run(command, cwd=tree, text=True, capture_output=True, env={**os.environ, **NO_CUDA, **env})
 
 
 def install(tree: Path, target: Path, **env: str) -> list[str]:
     """pip install into `target`; returns what USE prints from there, and the tags of the wheel."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
-    subprocess.run([*pip, "--target", str(target), str(tree)], check=True, env={**os.environ, **env})
+    subprocess.run([*pip, "--target", str(target), str(tree)], check=True, env={**os.environ, **NO_CUDA, **env})
     run = subprocess.run(
         [sys.executable, "-c", USE],
         cwd=target.parent,
@@ -113,6 +116,26 @@ def test_install_without_compiler(tree: Path, tmp_path: Path, hidden: str) -> No
 def test_build_switch(tree: Path, tmp_path: Path, wish: str, code: int, message: str) -> None:
     run = setup_py(tree, "build_ext", "--build-lib", str(tmp_path), ZOACT_BUILD_CPU=wish, CXX="/nonexistent")
     assert (run.returncode, message in run.stderr) == (code, True), run.stderr
+
+
+@needs_compiler
+def test_cuda_library_is_optional(tree: Path, tmp_path: Path) -> None:
+    """A switched-off or failing nvcc leaves the CPU kernels and a reason; asked for by name, it is an error."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho broken: error >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    target = tmp_path / "lib/zoact_kernels"
+    build = ("build_ext", "--build-lib", str(target.parent))
+    for wish, words in (("0", "switched off by ZOACT_BUILD_CUDA=0"), ("auto", "broken: error")):
+        run = setup_py(tree, *build, ZOACT_BUILD_CPU="1", ZOACT_BUILD_CUDA=wish, PATH=path)
+        assert run.returncode == 0, run.stderr
+        assert words in (target / "_build.json").read_text()
+        assert not (target / "_cuda.so").exists()
+    run = setup_py(tree, *build, ZOACT_BUILD_CPU="1", ZOACT_BUILD_CUDA="1", PATH=path)
+    assert run.returncode == 1 and "ZOACT_BUILD_CUDA=1 asks for the CUDA kernels" in run.stderr
+    run = setup_py(tree, *build, ZOACT_BUILD_CUDA="yes")
+    assert run.returncode == 1 and "ZOACT_BUILD_CUDA is 'yes'" in run.stderr
 
 
 @needs_compiler

@@ -80,3 +80,31 @@ def from_blocks(blocks: Tensor, N: int, C: int, first: int, stop: int) -> Tensor
         parts.append(blocks[whole * BLOCK * C :].view(C, -1).T)
     rows = parts[0] if len(parts) == 1 else torch.cat(parts)
     return row_major(rows[first - start * BLOCK : stop - start * BLOCK])
+
+
+FRAGMENT_ROWS, FRAGMENT_K = 16, 64  # a tile of layout `cuda`: 512 bytes
+
+
+def to_fragments(packed: Tensor, K: int, padding: int) -> Tensor:
+    """uint8 [N, ceil(K / 2)] -> uint8 [tiles of N, tiles of K, 512]: layout `cuda` of csrc/cuda/zo_linear.cu.
+
+    Lane 4 g + t of a warp owns 16 bytes of a tile of 16 rows x 64 k. Word i of them is the left operand of the tensor
+    core for k = 16 i ..: nibble j + 4 h is row g + 8 (j & 1), k = 2 t + 8 (j >> 1) + h.
+    """
+    codes = unpack_nibbles(packed)[:, :K]
+    N = codes.shape[0]
+    rows, columns = ceil_div(N, FRAGMENT_ROWS), ceil_div(K, FRAGMENT_K)
+    fill = (0, columns * FRAGMENT_K - K, 0, rows * FRAGMENT_ROWS - N)
+    whole = torch.nn.functional.pad(codes, fill, value=padding)
+    tiles = whole.view(rows, 2, 8, columns, 4, 2, 4, 2)  # tile; j & 1, g; tile; i, j >> 1, t, h
+    return pack_nibbles(tiles.permute(0, 3, 2, 6, 4, 7, 5, 1).reshape(rows * columns, 1024), padding).view(
+        rows, columns, 512
+    )
+
+
+def from_fragments(tiles: Tensor, N: int, K: int, padding: int) -> Tensor:
+    """The uint8 [N, ceil(K / 2)] that `to_fragments` was given, an odd K ending in `padding`."""
+    rows, columns = tiles.shape[:2]
+    nibbles = unpack_nibbles(tiles.reshape(rows * columns, 512)).view(rows, columns, 8, 4, 4, 2, 2, 2)
+    codes = nibbles.permute(0, 7, 2, 1, 4, 6, 3, 5).reshape(rows * FRAGMENT_ROWS, columns * FRAGMENT_K)
+    return pack_nibbles(codes[:N, :K], padding)

@@ -1,0 +1,175 @@
+// The part of a y that a block holds in registers, and the low-rank terms that it adds there:
+//
+//   acc += h0 . C0^T + h . C^T + h . C_g^T + (sigmas[g, s] h) . Z_s^T                h [M, R], C [N, R], Z_s [N, R]
+//
+// fp32 FMA over RANKS columns at a time from shared memory. C, C_g and Z are never added to one another and sigma
+// multiplies h, so that the probe survives (law 2.5). Z_s is made once a block for all row groups. A row of x meets
+// only its own sigmas and C_g: what another row or group adds to it is a product with zero.
+#pragma once
+#include "noise.cuh"
+
+namespace zo {
+namespace cuda {
+namespace {
+
+constexpr int WARPS = 4, THREADS = WARPS * WARP;
+constexpr int BN = 16 * WARPS;  // rows of W of a block
+constexpr int RANKS = 16;       // columns of h, C or Z in shared memory at a time
+constexpr int PITCH = RANKS + 1;  // floats from row to row there: eight rows in different banks
+
+// A call with what the launcher worked out.
+struct Call {
+  ZoLinear z;
+  const float* h;       // [parts, M, R]
+  const float* base_h;  // [base_parts, M, base_rank]
+  int64_t parts, base_parts;
+  float* partial;       // the sums of each split as threads hold them; null when K is whole
+  int64_t splits, split_blocks;  // split i takes blocks of BK from i * split_blocks on
+};
+
+ZO_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+ZO_DEVICE float scalar_at(const void* p, DType dtype, int64_t i) {
+  if (dtype == DType::f32) return ((const float*)p)[i];
+  if (dtype == DType::f16) return to_float(((const f16*)p)[i]);
+  return to_float(((const bf16*)p)[i]);
+}
+
+// ---------------------------------------------------------------- the sums of a block
+
+// Which part of y this thread holds: acc[j] is C [16, 8] of ptx.cuh for rows n, n + 8 of W and rows m0 + 8 j .. of x.
+template <int MT>
+struct Place {
+  int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+  int row = warp * 16 + g;                             // of the block's 64
+  int64_t n0 = (int64_t)blockIdx.x * BN, n = n0 + row;
+  int64_t m0 = (int64_t)blockIdx.y * 8 * MT;
+  ZO_DEVICE int column(int j, int i) const { return 8 * j + 2 * t + (i & 1); }  // of the block's 8 MT, of acc[j][i]
+};
+
+template <class T, int MT>
+ZO_DEVICE void store_y(const ZoLinear& z, const Place<MT>& at, const float (&acc)[MT][4]) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int64_t n = at.n + 8 * half;
+    if (n >= z.N) continue;
+    const float bias = z.bias ? scalar_at(z.bias, z.bias_dtype, n) : 0.0f;
+#pragma unroll
+    for (int j = 0; j < MT; j++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int64_t m = at.m0 + at.column(j, i);
+        if (m < z.M) ((T*)z.y)[m * z.N + n] = from_float<T>(acc[j][2 * half + i] + bias);
+      }
+  }
+}
+
+// ---------------------------------------------------------------- low-rank terms
+
+// acc += left [BN, RANKS] . right [8 MT, RANKS]^T, both in shared memory.
+template <int MT>
+ZO_DEVICE void add_ranks(const Place<MT>& at, const float* left, const float* right, float (&acc)[MT][4]) {
+#pragma unroll 2
+  for (int r = 0; r < RANKS; r++) {
+    const float low = left[at.row * PITCH + r], high = left[(at.row + 8) * PITCH + r];
+#pragma unroll
+    for (int j = 0; j < MT; j++) {
+      const float even = right[at.column(j, 0) * PITCH + r], odd = right[at.column(j, 1) * PITCH + r];
+      acc[j][0] = fmaf(low, even, acc[j][0]);
+      acc[j][1] = fmaf(low, odd, acc[j][1]);
+      acc[j][2] = fmaf(high, even, acc[j][2]);
+      acc[j][3] = fmaf(high, odd, acc[j][3]);
+    }
+  }
+}
+
+// matrix [N, R] from column r0 on, zero outside.
+ZO_DEVICE void stage_matrix(const float* matrix, int64_t n0, int64_t N, int64_t r0, int64_t R, float* left) {
+  for (int i = threadIdx.x; i < BN * RANKS; i += THREADS) {
+    const int64_t n = n0 + i / RANKS, r = r0 + i % RANKS;
+    left[i / RANKS * PITCH + i % RANKS] = n < N && r < R ? matrix[n * R + r] : 0.0f;
+  }
+}
+
+// Z_s from column r0 on; past N and R it meets h = 0, or rows of y that nobody stores.
+ZO_DEVICE void stage_noise(const ZoLinear& z, int64_t seed, int64_t n0, int64_t r0, float* left) {
+  const uint32_t param_id = (uint32_t)*z.param_id;
+  for (int i = threadIdx.x; i < BN * RANKS / 4; i += THREADS) {
+    const int row = i / (RANKS / 4), r = i % (RANKS / 4) * 4;
+    const uint64_t e = (uint64_t)(z.row_offset + n0 + row) * (uint64_t)z.cols + (uint64_t)(r0 + r);
+    float four[4];
+    if (z.noise == Noise::normal) {
+      noise4<Noise::normal>(seed, param_id, e, four);
+    } else {
+      noise4<Noise::rademacher>(seed, param_id, e, four);
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) left[row * PITCH + r + k] = four[k];
+  }
+}
+
+// h [parts, M, R] from column r0 on, its parts summed, zero outside.
+template <int MT>
+ZO_DEVICE void stage_h(const float* h, int64_t parts, int64_t m0, int64_t M, int64_t r0, int64_t R, float* right) {
+  for (int i = threadIdx.x; i < 8 * MT * RANKS; i += THREADS) {
+    const int64_t m = m0 + i / RANKS, r = r0 + i % RANKS;
+    float sum = 0.0f;
+    for (int64_t part = 0; m < M && r < R && part < parts; part++) sum = sum + h[(part * M + m) * R + r];
+    right[i / RANKS * PITCH + i % RANKS] = sum;
+  }
+}
+
+// own[m] = factor(row m of x) * right[m].
+template <int MT, class Factor>
+ZO_DEVICE void stage_own(const float* right, int64_t m0, int64_t M, const Factor& factor, float* own) {
+  for (int i = threadIdx.x; i < 8 * MT * RANKS; i += THREADS) {
+    const int64_t m = m0 + i / RANKS;
+    const int at = i / RANKS * PITCH + i % RANKS;
+    own[at] = m < M ? factor(m) * right[at] : 0.0f;
+  }
+}
+
+template <int MT>
+ZO_HD constexpr int low_rank_bytes() {
+  return (BN + 2 * 8 * MT) * PITCH * (int)sizeof(float);
+}
+
+// All low-rank terms of the block; `memory` holds low_rank_bytes and is free for use by all threads.
+template <int MT>
+ZO_DEVICE void low_rank(const Call& p, const Place<MT>& at, float* memory, float (&acc)[MT][4]) {
+  const ZoLinear& z = p.z;
+  float *left = memory, *right = left + BN * PITCH, *own = right + 8 * MT * PITCH;
+  for (int64_t r0 = 0; p.base_h && r0 < z.base_rank; r0 += RANKS) {
+    stage_h<MT>(p.base_h, p.base_parts, at.m0, z.M, r0, z.base_rank, right);
+    stage_matrix(z.base_coeff, at.n0, z.N, r0, z.base_rank, left);
+    __syncthreads();
+    add_ranks<MT>(at, left, right, acc);
+    __syncthreads();
+  }
+  const int64_t group_rows = z.M / z.G, last = smaller(at.m0 + 8 * MT, z.M) - 1;
+  for (int64_t r0 = 0; p.h && r0 < z.R; r0 += RANKS) {
+    stage_h<MT>(p.h, p.parts, at.m0, z.M, r0, z.R, right);
+    if (z.coeff) stage_matrix(z.coeff, at.n0, z.N, r0, z.R, left);
+    __syncthreads();
+    if (z.coeff) add_ranks<MT>(at, left, right, acc);
+    for (int64_t g = at.m0 / group_rows; z.coeff_groups && g <= last / group_rows; g++) {
+      __syncthreads();  // before `left` and `own` are filled anew
+      stage_matrix(z.coeff_groups + g * z.N * z.R, at.n0, z.N, r0, z.R, left);
+      stage_own<MT>(right, at.m0, z.M, [&](int64_t m) { return m / group_rows == g ? 1.0f : 0.0f; }, own);
+      __syncthreads();
+      add_ranks<MT>(at, left, own, acc);
+    }
+    for (int64_t s = 0; s < z.S; s++) {
+      __syncthreads();
+      stage_noise(z, z.seeds[s], at.n0, r0, left);
+      stage_own<MT>(right, at.m0, z.M, [&](int64_t m) { return z.sigmas[m / group_rows * z.S + s]; }, own);
+      __syncthreads();
+      add_ranks<MT>(at, left, own, acc);
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace zo

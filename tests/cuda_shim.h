@@ -1,0 +1,212 @@
+// What a CUDA kernel needs of its machine, on the CPU, for tests: csrc/cuda/ptx.cuh includes this where a host compiler
+// reads it. Blocks run one after another; the threads of a block are fibers, each of which runs until it waits.
+//
+//   order     fibers run in ascending, descending or seeded random order: without a barrier that it needs, a kernel
+//             reads what is not there yet, or what is there no more, in at least one of them
+//   delivery  an asynchronous copy fills its destination with NaN, and the bytes arrive at the wait (late), or at once
+//             (early): a missing wait, and a buffer refilled while it is being read, both give wrong numbers
+//   shared    starts as NaN in every block, and bytes behind its end must stay as they were
+//
+// What cannot be right ends the launch with a message: a barrier that not all threads reach, a collective that a part
+// of a warp calls, an address without the alignment that an instruction asks for. There is no memory model, no clock.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#define __global__
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace shim {
+
+enum class Order { ascending = 0, descending = 1, random = 2 };
+struct Mode {
+  Order order = Order::ascending;
+  bool early = false;
+};
+inline Mode mode;
+
+constexpr int LANES = 32;
+constexpr size_t STACK = 64 << 10, SLOT = 64, FENCE = 4096, MOST_SHARED = 227 << 10;
+constexpr unsigned char NAN_BYTE = 0xff;  // of fp32, bf16 and fp16 alike
+
+enum class State { ready, block_barrier, warp_barrier, done };
+
+struct Copy {
+  char* to;
+  const char* from;
+  int bytes;
+};
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack;
+  State state;
+  const char* collective;                 // what it waits in
+  std::vector<std::vector<Copy>> groups;  // of copies, oldest first; the last one is open
+  alignas(16) char slot[SLOT];            // what it shows to its warp
+};
+
+inline std::vector<Fiber> fibers;
+inline ucontext_t scheduler;
+inline Fiber* current;
+inline std::string error;
+inline std::vector<char> memory;  // shared, aligned by hand, and a fence behind it
+inline size_t shared_bytes;
+inline const std::function<void()>* body;
+
+inline char* shared_memory() { return (char*)(((uintptr_t)memory.data() + 127) / 128 * 128); }
+
+inline void wait(State state, const char* what) {
+  current->state = state, current->collective = what;
+  swapcontext(&current->context, &scheduler);
+}
+
+// Ends the launch; called by a fiber, does not return.
+[[noreturn]] inline void fail(const std::string& why) {
+  error = "block " + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + "," + std::to_string(blockIdx.z) +
+          " thread " + std::to_string(threadIdx.x) + ": " + why;
+  setcontext(&scheduler);
+  abort();
+}
+
+inline void aligned(const void* p, uintptr_t bytes, const char* what) {
+  if ((uintptr_t)p % bytes) fail(std::string(what) + " of an address that is no multiple of " + std::to_string(bytes));
+}
+
+// Every lane of the warp shows `mine` and sees all of them.
+template <class T>
+void exchange(const char* what, const T& mine, T* all) {
+  static_assert(sizeof(T) <= SLOT, "a slot holds it");
+  memcpy(current->slot, &mine, sizeof(T));
+  wait(State::warp_barrier, what);
+  const size_t warp = threadIdx.x / LANES * LANES;
+  for (int lane = 0; lane < LANES; lane++) memcpy(&all[lane], fibers[warp + lane].slot, sizeof(T));
+  wait(State::warp_barrier, what);
+}
+
+inline void deliver(const Copy& copy) {
+  memcpy(copy.to, copy.from, copy.bytes);
+  memset(copy.to + copy.bytes, 0, 16 - copy.bytes);
+}
+inline void async_copy16(void* to, const void* from, int bytes) {
+  aligned(to, 16, "cp.async");
+  aligned(from, 16, "cp.async");
+  if (bytes < 0 || bytes > 16) fail("cp.async of " + std::to_string(bytes) + " bytes");
+  const char* begin = shared_memory();
+  if ((char*)to < begin || (char*)to + 16 > begin + shared_bytes) fail("cp.async to outside of shared memory");
+  const Copy copy = {(char*)to, (const char*)from, bytes};
+  if (mode.early) return deliver(copy);
+  memset(to, NAN_BYTE, 16);
+  current->groups.back().push_back(copy);
+}
+inline void async_commit() { current->groups.emplace_back(); }
+inline void async_wait(size_t pending) {
+  while (current->groups.size() - 1 > pending) {
+    for (const Copy& copy : current->groups.front()) deliver(copy);
+    current->groups.erase(current->groups.begin());
+  }
+}
+
+inline void enter() {
+  (*body)();
+  current->state = State::done;
+  setcontext(&scheduler);
+}
+
+// Lets fibers `begin` .. `end` - 1 go on if all of them wait in `state`; true if they did.
+inline bool release(size_t begin, size_t end, State state) {
+  for (size_t i = begin; i < end; i++)
+    if (fibers[i].state != state) return false;
+  for (size_t i = begin; i < end; i++)
+    if (strcmp(fibers[i].collective, fibers[begin].collective)) {
+      error = std::string("a warp is at ") + fibers[begin].collective + " and at " + fibers[i].collective;
+      return false;
+    }
+  for (size_t i = begin; i < end; i++) fibers[i].state = State::ready;
+  return true;
+}
+
+// A fiber at the start of the kernel.
+inline void prepare(Fiber& fiber) {
+  fiber.state = State::ready;
+  fiber.groups.assign(1, {});
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.data();
+  fiber.context.uc_stack.ss_size = fiber.stack.size();
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, enter, 0);
+}
+
+inline void run_block(std::mt19937& random) {
+  const size_t count = fibers.size();
+  std::fill(memory.begin(), memory.end(), (char)NAN_BYTE);
+  std::vector<size_t> order(count);
+  for (size_t i = 0; i < count; i++) {
+    order[i] = mode.order == Order::descending ? count - 1 - i : i;
+    prepare(fibers[i]);
+  }
+  for (;;) {
+    if (mode.order == Order::random) std::shuffle(order.begin(), order.end(), random);
+    bool progress = false;
+    for (const size_t i : order) {
+      if (fibers[i].state != State::ready) continue;
+      progress = true;
+      current = &fibers[i];
+      threadIdx = dim3(i);
+      swapcontext(&scheduler, &current->context);
+      if (!error.empty()) return;
+    }
+    if (std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == State::done; })) break;
+    for (size_t warp = 0; warp < count; warp += LANES) progress |= release(warp, warp + LANES, State::warp_barrier);
+    progress |= release(0, count, State::block_barrier);
+    if (!error.empty()) return;
+    if (!progress) {
+      error = "threads wait for one another: a barrier that not all of them reach";
+      return;
+    }
+  }
+  const char* end = shared_memory() + shared_bytes;
+  if (!std::all_of(end, end + FENCE, [](char byte) { return (unsigned char)byte == NAN_BYTE; }))
+    error = "a write behind the end of shared memory";
+}
+
+inline const char* launch(dim3 grid, int threads, size_t shared, const std::function<void()>& kernel) {
+  static std::string message;
+  error.clear();
+  if (threads % LANES || threads < 1 || threads > 1024) error = "a block of " + std::to_string(threads) + " threads";
+  if (shared > MOST_SHARED) error = std::to_string(shared) + " bytes of shared memory";
+  if (grid.y > 65535 || grid.z > 65535) error = "a grid too large";
+  fibers.resize(threads);
+  for (Fiber& fiber : fibers) fiber.stack.resize(STACK);
+  memory.resize(shared + FENCE + 128);
+  shared_bytes = shared, body = &kernel, gridDim = grid, blockDim = dim3(threads);
+  std::mt19937 random(0);
+  for (unsigned z = 0; z < grid.z && error.empty(); z++)
+    for (unsigned y = 0; y < grid.y && error.empty(); y++)
+      for (unsigned x = 0; x < grid.x && error.empty(); x++) {
+        blockIdx = dim3(x, y, z);
+        run_block(random);
+      }
+  message = error;
+  return message.empty() ? nullptr : message.c_str();
+}
+
+}  // namespace shim
+
+inline void __syncthreads() { shim::wait(shim::State::block_barrier, "__syncthreads"); }
+inline void __syncwarp() { shim::wait(shim::State::warp_barrier, "__syncwarp"); }

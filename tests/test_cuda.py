@@ -1,0 +1,267 @@
+"""csrc/cuda on the CPU: the kernels' own text in the fiber shim (cuda_shim.h) against reference.py, and against itself
+with planted faults, which the shim has to catch.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import test_zo_perturb as perturb
+import test_zo_update as update
+import torch
+from cases import BF16, DTYPES, F16, LINEAR, Case, activations, cover, linear_arguments, stored, weight_arguments
+from close import assert_no_worse
+from cuda_lane import CSRC, MODES, PADDING, STEMS, Lane, planted, takes
+from torch import Tensor
+
+from zoact_kernels import layouts, reference
+
+OPTIONAL = dict.fromkeys(
+    "weight scale offset nested bias base_basis base_coeff basis coeff coeff_groups projected".split()
+) | dict.fromkeys(("seeds", "sigmas", "param_id"))
+
+
+@pytest.fixture(scope="module")
+def lane(tmp_path_factory: pytest.TempPathFactory) -> Lane:
+    return Lane(tmp_path_factory.mktemp("lane"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# zo_perturb and zo_update: the bits of the reference
+
+
+@pytest.mark.parametrize("number, case", list(enumerate(perturb.CASES)), ids=str)
+def test_zo_perturb(lane: Lane, number: int, case: perturb.Case) -> None:
+    p = perturb.problem(case)
+    got = copy.deepcopy(p)
+    lane.mode(*MODES[number % len(MODES)]).zo_perturb_(*got.arguments())
+    perturb.assert_same(got, perturb.run(p))
+
+
+@pytest.mark.parametrize("number, case", list(enumerate(update.CASES)), ids=str)
+def test_zo_update(lane: Lane, number: int, case: update.Case) -> None:
+    p = update.problem(case)
+    got = copy.deepcopy(p)
+    lane.mode(*MODES[number % len(MODES)]).zo_update_(*got.arguments())
+    update.assert_same(got, update.run(p))
+    got, p.skip = copy.deepcopy(p), torch.tensor([True])
+    lane.zo_update_(*p.arguments())
+    update.assert_same(p, got)  # nothing happened
+
+
+def test_refusals(lane: Lane) -> None:
+    p = perturb.problem(perturb.Case(5, 7, rank=2))
+    with pytest.raises(RuntimeError, match="`basis` does not go with a mask"):
+        lane.zo_perturb_(p.w, p.seeds, p.weights, p.param_id, p.basis, mask="random")
+    x = activations(3, 64, F16)
+    with pytest.raises(RuntimeError, match="`x` is not float16 or bfloat16"):
+        lane.zo_linear(x.float(), out_features=4)
+    for name, K, message in (
+        ("int4-g40-bf16", 64, "`group_size` is not a multiple of 32"),
+        ("int8-row", 64, "int8 weights have no CUDA kernel"),
+        ("dense-f16", 63, "K to be a multiple of 8"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            lane.zo_linear(x[:, :K], **weight_arguments(stored(name, 4, K)), out_features=4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# zo_linear
+
+
+@pytest.mark.parametrize("N, K", [(1, 1), (16, 64), (33, 100), (130, 257)])
+@pytest.mark.parametrize("format", PADDING)
+def test_layout_round_trip(format: str, N: int, K: int) -> None:
+    padding = PADDING[format]
+    packed = layouts.pack_nibbles(torch.randint(0, 16, (N, K), dtype=torch.uint8), padding)
+    tiles = layouts.to_fragments(packed, K, padding)
+    assert torch.equal(layouts.from_fragments(tiles, N, K, padding), packed)
+    codes = layouts.unpack_nibbles(packed)
+    n, k = N - 1, K - 1  # one element by the formula
+    row, column = n % 16, k % 64
+    lane, word, step = row % 8 * 4 + column % 8 // 2, column // 16, column % 16
+    nibble = row // 8 + step // 8 * 2 + column % 2 * 4
+    byte = tiles[n // 16, k // 64, lane * 16 + word * 4 + nibble // 2]
+    assert byte >> 4 * (nibble % 2) & 15 == codes[n, k]
+
+
+def fits(case: Case) -> bool:
+    dtype = DTYPES[case.dtype]
+    if dtype not in (F16, BF16) or not takes(stored(case.weight, *case.shape), case.shape[1]):
+        return False
+    return not case.weight.startswith("dense") or case.weight == f"dense-{case.dtype}"
+
+
+def check(lane: Lane, arguments: dict, what: str = "") -> Tensor:
+    y = lane.zo_linear(**arguments)
+    arguments = OPTIONAL | arguments
+    truth = reference.zo_linear(**arguments, compute=torch.float64)
+    assert_no_worse(y, reference.zo_linear(**arguments), truth, what)
+    return y
+
+
+@pytest.mark.parametrize("case", [case for case in cover(LINEAR) if fits(case)], ids=str)
+def test_zo_linear(lane: Lane, case: Case) -> None:
+    torch.manual_seed(0)
+    check(lane.mode(*MODES[len(str(case)) % len(MODES)]), linear_arguments(case))
+
+
+def example(M: int, N: int, K: int, dtype: torch.dtype, weight: str = "int4-g32", R: int = 3, G: int = 1) -> dict:
+    """A call with every term that a training step has."""
+    return dict(
+        x=activations(M, K, dtype), **weight_arguments(stored(weight, N, K)), out_features=N, bias=torch.randn(N),
+        basis=torch.randn(K, R) / K**0.5, coeff=torch.randn(N, R), seeds=torch.tensor([5, -1]),
+        sigmas=torch.randn(G, 2), param_id=torch.tensor([77]), groups=G,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("weight", ["int4-g32", "int4-g64-sym", "nf4-g64", "dense-f16"])
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_zo_linear_modes_and_splits(lane: Lane, dtype: torch.dtype, weight: str) -> None:
+    """K in three splits; no order of fibers and no delivery of copies changes a bit."""
+    if weight.startswith("dense"):
+        weight = {F16: "dense-f16", BF16: "dense-bf16"}[dtype]
+    arguments = example(9, 33, 1672, dtype, weight)
+    results = [check(lane.mode(*mode), arguments, str(mode)) for mode in MODES]
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
+@pytest.mark.parametrize("weight", ["int4-g32", "int4-g64-sym", "nf4-g64", "none"])
+@pytest.mark.parametrize("K", [200, 1100])
+def test_zo_linear_row_depends_on_nothing_else(lane: Lane, weight: str, K: int) -> None:
+    """Law 2.4: neither on the number of rows, nor on other rows, nor on the groups beside it."""
+    lane.mode()
+    arguments = example(66, 20, K, BF16, weight, R=5, G=2)
+    y = lane.zo_linear(**arguments)
+    for first, last in ((0, 1), (3, 12), (0, 31), (33, 66), (40, 47)):
+        g = first // 33
+        part = arguments | dict(x=arguments["x"][first:last], sigmas=arguments["sigmas"][g : g + 1], groups=1)
+        assert torch.equal(lane.zo_linear(**part), y[first:last]), f"rows {first} .. {last - 1}"
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_zo_linear_probe_survives(lane: Lane, dtype: torch.dtype) -> None:
+    """Law 2.5 behind a 16-bit y: two signs of a small sigma around a zero sum differ by what they should."""
+    lane.mode()
+    x = torch.ones(2, 64, dtype=dtype)
+    arguments = dict(
+        x=x, **weight_arguments(None), out_features=40, basis=torch.ones(64, 4) / 64, seeds=torch.tensor([3]),
+        sigmas=torch.tensor([[2.0**-14], [-(2.0**-14)]]), param_id=torch.tensor([9]), groups=2,
+    )  # fmt: skip
+    y = check(lane, arguments)
+    assert (y[0] == -y[1]).all() and (y[0] != 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Planted faults
+
+PERTURB, LINEAR_FILE = "cuda/zo_perturb.cu", "cuda/zo_linear.cu"
+BARRIER = "__syncthreads();"
+FAULTS = {
+    "the barrier behind the noise of a basis": (PERTURB, f"{BARRIER}\n    for (int r = 0;", "for (int r = 0;"),
+    "the barrier before it is made anew": (PERTURB, f"{BARRIER}  // before g is made anew", ""),
+    "a barrier that some threads skip": (PERTURB, f"{BARRIER}\n    for (int r", f"if (left > 0) {BARRIER} for (int r"),
+    "a mask of columns off by one": (PERTURB, "i < left ? p.basis", "i < left - 1 ? p.basis"),
+    "the wait for a copy": (LINEAR_FILE, "async_wait<STAGES - 2>();", ""),
+    "a wait that leaves one copy too many": (LINEAR_FILE, "async_wait<STAGES - 2>();", "async_wait<STAGES - 1>();"),
+    "the barrier behind the wait": (LINEAR_FILE, f"{BARRIER}  // the block's copies are there", "// nothing"),
+    "the barrier before own is filled": ("cuda/low_rank.cuh", f"{BARRIER}\n      stage_noise", "stage_noise"),
+    "a mask of K off by one": (LINEAR_FILE, "2 * (K - k)", "2 * (K - 1 - k)"),
+    "a swapped fragment": (LINEAR_FILE, "a[1], b[2], b[3]", "a[1], b[3], b[2]"),
+    "an address of ldmatrix off by a row": (LINEAR_FILE, "8 * j + at.lane % 8, 4", "8 * j + (at.lane + 1) % 8, 4"),
+    "a misaligned copy": (LINEAR_FILE, "codes + at.lane * 16, there", "codes + at.lane * 16 + 8, there"),
+    "a collective of half a warp": (LINEAR_FILE, "mma<T>(sum, a[1]", "if (at.lane < 16) mma<T>(sum, a[1]"),
+    "shared memory that is too small": (LINEAR_FILE, "return STAGES * stage_bytes", "return 3 * stage_bytes"),
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(lane: Lane, tmp_path: Path, fault: str) -> None:
+    """A kernel with a fault is wrong in some mode, or stops with a message; the kernel as it stands is right in all."""
+    file, text, replacement = FAULTS[fault]
+    stem = "zo_perturb" if file == PERTURB else "zo_linear"
+    broken = Lane(tmp_path, planted(CSRC, tmp_path, file, text, replacement), (stem,))
+    if file == PERTURB:
+        p = perturb.problem(perturb.Case(11, 101, rank=70))
+        want = perturb.run(p).memory
+
+        def run(which: Lane) -> bool:
+            got = copy.deepcopy(p)
+            which.zo_perturb_(*got.arguments())
+            return torch.equal(got.memory, want)
+    else:
+        arguments = example(9, 33, 600, F16)
+        want = lane.mode().zo_linear(**arguments)
+
+        def run(which: Lane) -> bool:
+            return torch.equal(which.zo_linear(**arguments), want)
+
+    outcomes = []
+    for mode in MODES:
+        assert run(lane.mode(*mode)), mode
+        try:
+            outcomes.append(run(broken.mode(*mode)))
+        except RuntimeError as error:
+            outcomes.append(False)
+            assert re.search("barrier|wait|NaN|shared|aligned|multiple|warp", str(error))
+    assert not all(outcomes), f"{fault}: not noticed in any mode"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Machine code
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc to compile csrc/cuda for a GPU")
+ENTRY = re.compile(
+    r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    r".*?Used (\d+) registers",
+    re.DOTALL,
+)
+
+
+def disassembler() -> str | None:
+    """nvdisasm of the toolkit, or the one that Triton brings along."""
+    if found := shutil.which("nvdisasm"):
+        return found
+    try:
+        import triton
+    except ImportError:
+        return None
+    path = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    return str(path) if os.access(path, os.X_OK) else None
+
+
+def functions(sass: str) -> dict[str, str]:
+    parts = re.split(r"^\s*\.section\s+\.text\.(\w+)", sass, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("stem", [pytest.param(s, marks=pytest.mark.soak if s == "zo_linear" else ()) for s in STEMS])
+def test_machine_code(tmp_path: Path, stem: str, arch: str) -> None:
+    """No stack, no spills, few registers; every product on tensor cores, every stage by asynchronous 16-byte copies."""
+    cubin = tmp_path / f"{stem}.cubin"
+    command = ["nvcc", "-cubin", f"-arch={arch}", "-O3", "-std=c++17", "-fmad=false", "-Xptxas", "-v"]
+    run = subprocess.run(
+        [*command, str(CSRC / f"cuda/{stem}.cu"), "-o", str(cubin)], text=True, capture_output=True, check=True
+    )
+    assert "warning" not in run.stderr, run.stderr
+    entries = ENTRY.findall(run.stderr)
+    assert entries
+    for name, stack, stores, loads, registers in entries:
+        assert (int(stack), int(stores), int(loads)) == (0, 0, 0), name
+        assert int(registers) <= 168, f"{name}: {registers} registers"
+    if (tool := disassembler()) is None:
+        return
+    sass = subprocess.run([tool, "-c", str(cubin)], text=True, capture_output=True, check=True).stdout
+    for name, text in functions(sass).items():
+        assert not re.search(r"\b(LDL|STL)\b", text), name
+        if "product_kernel" in name:
+            assert all(re.search(rf"\b{op}\b", text) for op in ("HMMA", "LDSM", "LDGSTS")), name

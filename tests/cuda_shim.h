@@ -1,8 +1,9 @@
 // What a CUDA kernel needs of its machine, on the CPU, for tests: csrc/cuda/ptx.cuh includes this where a host compiler
 // reads it. Blocks run one after another; the threads of a block are fibers, each of which runs until it waits.
 //
-//   order     fibers run in ascending, descending or seeded random order: without a barrier that it needs, a kernel
-//             reads what is not there yet, or what is there no more, in at least one of them
+//   order     ascending and descending: a warp runs until it waits for the others; random (seeded): warps side by side.
+//             Without a barrier that it needs, a kernel reads what is not there yet, or what is there no more, in at
+//             least one of them
 //   delivery  an asynchronous copy fills its destination with NaN, and the bytes arrive at the wait (late), or at once
 //             (early): a missing wait, and a buffer refilled while it is being read, both give wrong numbers
 //   shared    starts as NaN in every block, and bytes behind its end must stay as they were
@@ -24,6 +25,7 @@
 #include <vector>
 
 #define __global__
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 struct dim3 {
@@ -152,27 +154,42 @@ inline void prepare(Fiber& fiber) {
   makecontext(&fiber.context, enter, 0);
 }
 
+// Runs what can run of the warp that begins at fiber `warp`; true if its lanes may go on at once, all past a barrier.
+inline bool run_warp(size_t warp, const std::vector<size_t>& lanes, bool& progress) {
+  for (const size_t lane : lanes) {
+    current = &fibers[warp + lane];
+    if (current->state != State::ready) continue;
+    progress = true;
+    threadIdx = dim3(warp + lane);
+    swapcontext(&scheduler, &current->context);
+    if (!error.empty()) return false;
+  }
+  return release(warp, warp + LANES, State::warp_barrier);
+}
+
 inline void run_block(std::mt19937& random) {
   const size_t count = fibers.size();
   std::fill(memory.begin(), memory.end(), (char)NAN_BYTE);
-  std::vector<size_t> order(count);
-  for (size_t i = 0; i < count; i++) {
-    order[i] = mode.order == Order::descending ? count - 1 - i : i;
-    prepare(fibers[i]);
+  for (Fiber& fiber : fibers) prepare(fiber);
+  std::vector<size_t> warps, lanes;
+  for (size_t i = 0; i < count; i += LANES) warps.push_back(i);
+  for (size_t i = 0; i < LANES; i++) lanes.push_back(i);
+  if (mode.order == Order::descending) {
+    std::reverse(warps.begin(), warps.end());
+    std::reverse(lanes.begin(), lanes.end());
   }
-  for (;;) {
-    if (mode.order == Order::random) std::shuffle(order.begin(), order.end(), random);
+  while (!std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == State::done; })) {
     bool progress = false;
-    for (const size_t i : order) {
-      if (fibers[i].state != State::ready) continue;
-      progress = true;
-      current = &fibers[i];
-      threadIdx = dim3(i);
-      swapcontext(&scheduler, &current->context);
+    if (mode.order == Order::random) std::shuffle(warps.begin(), warps.end(), random);
+    for (const size_t warp : warps) {
+      if (mode.order == Order::random) {  // warps side by side; else one runs until it waits for the others
+        std::shuffle(lanes.begin(), lanes.end(), random);
+        run_warp(warp, lanes, progress);
+      } else {
+        while (run_warp(warp, lanes, progress)) continue;
+      }
       if (!error.empty()) return;
     }
-    if (std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == State::done; })) break;
-    for (size_t warp = 0; warp < count; warp += LANES) progress |= release(warp, warp + LANES, State::warp_barrier);
     progress |= release(0, count, State::block_barrier);
     if (!error.empty()) return;
     if (!progress) {

@@ -17,17 +17,22 @@ constexpr int BN = 16 * WARPS;  // rows of W of a block
 constexpr int RANKS = 16;       // columns of h, C or Z in shared memory at a time
 constexpr int PITCH = RANKS + 1;  // floats from row to row there: eight rows in different banks
 
-// A call with what the launcher worked out.
+// A call with what the launcher worked out. Sizes are 32 bits wide: a GPU divides 64 bits by calling a subroutine.
 struct Call {
   ZoLinear z;
+  int M, N, K, R, base_rank, S;
+  int group_rows;          // rows of x of a row group
+  int group_size, groups;  // of a scale; scales of a row of W
+  int blocks;              // of BK k
+  int parts, base_parts;   // of h and base_h
+  int splits, split_blocks;  // split i takes blocks of BK from i * split_blocks on
   const float* h;       // [parts, M, R]
   const float* base_h;  // [base_parts, M, base_rank]
-  int64_t parts, base_parts;
   float* partial;       // the sums of each split as threads hold them; null when K is whole
-  int64_t splits, split_blocks;  // split i takes blocks of BK from i * split_blocks on
+  float table[16];      // the codebook
 };
 
-ZO_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+ZO_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 
 ZO_DEVICE float scalar_at(const void* p, DType dtype, int64_t i) {
   if (dtype == DType::f32) return ((const float*)p)[i];
@@ -42,24 +47,23 @@ template <int MT>
 struct Place {
   int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
   int row = warp * 16 + g;                             // of the block's 64
-  int64_t n0 = (int64_t)blockIdx.x * BN, n = n0 + row;
-  int64_t m0 = (int64_t)blockIdx.y * 8 * MT;
+  int n0 = blockIdx.x * BN, n = n0 + row, m0 = blockIdx.y * 8 * MT;
   ZO_DEVICE int column(int j, int i) const { return 8 * j + 2 * t + (i & 1); }  // of the block's 8 MT, of acc[j][i]
 };
 
 template <class T, int MT>
-ZO_DEVICE void store_y(const ZoLinear& z, const Place<MT>& at, const float (&acc)[MT][4]) {
+ZO_DEVICE void store_y(const Call& p, const Place<MT>& at, const float (&acc)[MT][4]) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const int64_t n = at.n + 8 * half;
-    if (n >= z.N) continue;
-    const float bias = z.bias ? scalar_at(z.bias, z.bias_dtype, n) : 0.0f;
+    const int n = at.n + 8 * half;
+    if (n >= p.N) continue;
+    const float bias = p.z.bias ? scalar_at(p.z.bias, p.z.bias_dtype, n) : 0.0f;
 #pragma unroll
     for (int j = 0; j < MT; j++)
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const int64_t m = at.m0 + at.column(j, i);
-        if (m < z.M) ((T*)z.y)[m * z.N + n] = from_float<T>(acc[j][2 * half + i] + bias);
+        const int m = at.m0 + at.column(j, i);
+        if (m < p.M) ((T*)p.z.y)[(int64_t)m * p.N + n] = from_float<T>(acc[j][2 * half + i] + bias);
       }
   }
 }
@@ -84,15 +88,15 @@ ZO_DEVICE void add_ranks(const Place<MT>& at, const float* left, const float* ri
 }
 
 // matrix [N, R] from column r0 on, zero outside.
-ZO_DEVICE void stage_matrix(const float* matrix, int64_t n0, int64_t N, int64_t r0, int64_t R, float* left) {
+ZO_DEVICE void stage_matrix(const float* matrix, int n0, int N, int r0, int R, float* left) {
   for (int i = threadIdx.x; i < BN * RANKS; i += THREADS) {
-    const int64_t n = n0 + i / RANKS, r = r0 + i % RANKS;
-    left[i / RANKS * PITCH + i % RANKS] = n < N && r < R ? matrix[n * R + r] : 0.0f;
+    const int n = n0 + i / RANKS, r = r0 + i % RANKS;
+    left[i / RANKS * PITCH + i % RANKS] = n < N && r < R ? matrix[(int64_t)n * R + r] : 0.0f;
   }
 }
 
 // Z_s from column r0 on; past N and R it meets h = 0, or rows of y that nobody stores.
-ZO_DEVICE void stage_noise(const ZoLinear& z, int64_t seed, int64_t n0, int64_t r0, float* left) {
+ZO_DEVICE void stage_noise(const ZoLinear& z, int64_t seed, int n0, int r0, float* left) {
   const uint32_t param_id = (uint32_t)*z.param_id;
   for (int i = threadIdx.x; i < BN * RANKS / 4; i += THREADS) {
     const int row = i / (RANKS / 4), r = i % (RANKS / 4) * 4;
@@ -110,20 +114,20 @@ ZO_DEVICE void stage_noise(const ZoLinear& z, int64_t seed, int64_t n0, int64_t 
 
 // h [parts, M, R] from column r0 on, its parts summed, zero outside.
 template <int MT>
-ZO_DEVICE void stage_h(const float* h, int64_t parts, int64_t m0, int64_t M, int64_t r0, int64_t R, float* right) {
+ZO_DEVICE void stage_h(const float* h, int parts, int m0, int M, int r0, int R, float* right) {
   for (int i = threadIdx.x; i < 8 * MT * RANKS; i += THREADS) {
-    const int64_t m = m0 + i / RANKS, r = r0 + i % RANKS;
+    const int m = m0 + i / RANKS, r = r0 + i % RANKS;
     float sum = 0.0f;
-    for (int64_t part = 0; m < M && r < R && part < parts; part++) sum = sum + h[(part * M + m) * R + r];
+    for (int part = 0; m < M && r < R && part < parts; part++) sum = sum + h[((int64_t)part * M + m) * R + r];
     right[i / RANKS * PITCH + i % RANKS] = sum;
   }
 }
 
 // own[m] = factor(row m of x) * right[m].
 template <int MT, class Factor>
-ZO_DEVICE void stage_own(const float* right, int64_t m0, int64_t M, const Factor& factor, float* own) {
+ZO_DEVICE void stage_own(const float* right, int m0, int M, const Factor& factor, float* own) {
   for (int i = threadIdx.x; i < 8 * MT * RANKS; i += THREADS) {
-    const int64_t m = m0 + i / RANKS;
+    const int m = m0 + i / RANKS;
     const int at = i / RANKS * PITCH + i % RANKS;
     own[at] = m < M ? factor(m) * right[at] : 0.0f;
   }
@@ -139,30 +143,30 @@ template <int MT>
 ZO_DEVICE void low_rank(const Call& p, const Place<MT>& at, float* memory, float (&acc)[MT][4]) {
   const ZoLinear& z = p.z;
   float *left = memory, *right = left + BN * PITCH, *own = right + 8 * MT * PITCH;
-  for (int64_t r0 = 0; p.base_h && r0 < z.base_rank; r0 += RANKS) {
-    stage_h<MT>(p.base_h, p.base_parts, at.m0, z.M, r0, z.base_rank, right);
-    stage_matrix(z.base_coeff, at.n0, z.N, r0, z.base_rank, left);
+  for (int r0 = 0; p.base_h && r0 < p.base_rank; r0 += RANKS) {
+    stage_h<MT>(p.base_h, p.base_parts, at.m0, p.M, r0, p.base_rank, right);
+    stage_matrix(z.base_coeff, at.n0, p.N, r0, p.base_rank, left);
     __syncthreads();
     add_ranks<MT>(at, left, right, acc);
     __syncthreads();
   }
-  const int64_t group_rows = z.M / z.G, last = smaller(at.m0 + 8 * MT, z.M) - 1;
-  for (int64_t r0 = 0; p.h && r0 < z.R; r0 += RANKS) {
-    stage_h<MT>(p.h, p.parts, at.m0, z.M, r0, z.R, right);
-    if (z.coeff) stage_matrix(z.coeff, at.n0, z.N, r0, z.R, left);
+  const int group_rows = p.group_rows, last = smaller(at.m0 + 8 * MT, p.M) - 1;
+  for (int r0 = 0; p.h && r0 < p.R; r0 += RANKS) {
+    stage_h<MT>(p.h, p.parts, at.m0, p.M, r0, p.R, right);
+    if (z.coeff) stage_matrix(z.coeff, at.n0, p.N, r0, p.R, left);
     __syncthreads();
     if (z.coeff) add_ranks<MT>(at, left, right, acc);
-    for (int64_t g = at.m0 / group_rows; z.coeff_groups && g <= last / group_rows; g++) {
+    for (int g = at.m0 / group_rows; z.coeff_groups && g <= last / group_rows; g++) {
       __syncthreads();  // before `left` and `own` are filled anew
-      stage_matrix(z.coeff_groups + g * z.N * z.R, at.n0, z.N, r0, z.R, left);
-      stage_own<MT>(right, at.m0, z.M, [&](int64_t m) { return m / group_rows == g ? 1.0f : 0.0f; }, own);
+      stage_matrix(z.coeff_groups + (int64_t)g * p.N * p.R, at.n0, p.N, r0, p.R, left);
+      stage_own<MT>(right, at.m0, p.M, [&](int m) { return m / group_rows == g ? 1.0f : 0.0f; }, own);
       __syncthreads();
       add_ranks<MT>(at, left, own, acc);
     }
-    for (int64_t s = 0; s < z.S; s++) {
+    for (int s = 0; s < p.S; s++) {
       __syncthreads();
       stage_noise(z, z.seeds[s], at.n0, r0, left);
-      stage_own<MT>(right, at.m0, z.M, [&](int64_t m) { return z.sigmas[m / group_rows * z.S + s]; }, own);
+      stage_own<MT>(right, at.m0, p.M, [&](int m) { return z.sigmas[m / group_rows * p.S + s]; }, own);
       __syncthreads();
       add_ranks<MT>(at, left, own, acc);
     }

@@ -31,10 +31,10 @@ constexpr int BK = 64;          // k of a stage: one 16-byte load of codes a lan
 constexpr int STAGES = 4;       // of the copy pipeline
 constexpr int CHUNK = 512;      // k of a partial sum of h
 
-// Bytes of 16-byte chunk number `chunk` of a row of K 16-bit values that are there.
-ZO_DEVICE int chunk_bytes(bool row, int64_t K, int64_t k) {
-  const int64_t bytes = 2 * (K - k);
-  return !row || bytes <= 0 ? 0 : bytes < 16 ? (int)bytes : 16;
+// How many of the 16 bytes from column k on are there, in a row of K 16-bit values or outside of all rows.
+ZO_DEVICE int chunk_bytes(bool row, int K, int k) {
+  const int bytes = 2 * (K - k);
+  return !row || bytes <= 0 ? 0 : bytes < 16 ? bytes : 16;
 }
 
 // Where chunk `chunk` (of 8) of row `row` lies in a tile with rows of 128 bytes: eight rows of a chunk, eight banks.
@@ -68,9 +68,10 @@ ZO_DEVICE void table_fragment(uint32_t word, const float* table, const float (&s
 }
 
 // The scale (offset) of row n and group `group`, 0 outside.
-ZO_DEVICE float scale_at(const ZoLinear& z, const void* stored, int64_t n, int64_t group) {
-  const int64_t groups = ceil_div(z.K, z.group_size), i = n * groups + group;
-  if (n >= z.N || group >= groups) return 0.0f;
+ZO_DEVICE float scale_at(const Call& p, const void* stored, int n, int group) {
+  const ZoLinear& z = p.z;
+  const int64_t i = (int64_t)n * p.groups + group;
+  if (n >= p.N || group >= p.groups) return 0.0f;
   if (z.scale_dtype != DType::u8) return scalar_at(stored, z.scale_dtype, i);
   return z.nested[((const uint8_t*)stored)[i]] * z.nested[257 + (i >> 8)] + z.nested[256];
 }
@@ -92,28 +93,29 @@ ZO_HD constexpr int product_bytes() {
 
 // Block `kb` of k on its way to a stage: the codes of this warp's 16 rows, and all rows of x.
 template <class T, Format FORMAT, int MT>
-ZO_DEVICE void fetch(const ZoLinear& z, const Place<MT>& at, int64_t kb, char* stage) {
+ZO_DEVICE void fetch(const Call& p, const Place<MT>& at, int kb, char* stage) {
+  const ZoLinear& z = p.z;
   char* const codes = stage + at.warp * code_bytes<FORMAT>();
   if constexpr (FORMAT == Format::dense) {
 #pragma unroll
     for (int i = at.lane; i < 16 * 8; i += WARP) {
       const int row = i / 8, chunk = i % 8;
-      const int64_t n = at.n0 + at.warp * 16 + row, k = kb * BK + chunk * 8;
-      const int bytes = chunk_bytes(n < z.N, z.K, k);
-      async_copy16(codes + swizzled(row, chunk), bytes ? (const T*)z.codes + n * z.K + k : z.codes, bytes);
+      const int n = at.n0 + at.warp * 16 + row, k = kb * BK + chunk * 8;
+      const int bytes = chunk_bytes(n < p.N, p.K, k);
+      async_copy16(codes + swizzled(row, chunk), bytes ? (const T*)z.codes + (int64_t)n * p.K + k : z.codes, bytes);
     }
   } else {
-    const int64_t tile = at.n0 / 16 + at.warp;
-    const bool there = tile * 16 < z.N;
-    const char* const from = (const char*)z.codes + ((tile * ceil_div(z.K, BK) + kb) * WARP + at.lane) * 16;
+    const int tile = at.n0 / 16 + at.warp;
+    const bool there = tile * 16 < p.N;
+    const char* const from = (const char*)z.codes + ((int64_t)tile * p.blocks + kb) * 512 + at.lane * 16;
     async_copy16(codes + at.lane * 16, there ? (const void*)from : z.codes, there ? 16 : 0);
   }
   char* const x = stage + WARPS * code_bytes<FORMAT>();
 #pragma unroll
   for (int i = threadIdx.x; i < 8 * MT * 8; i += THREADS) {
     const int row = i / 8, chunk = i % 8;
-    const int64_t m = at.m0 + row, k = kb * BK + chunk * 8;
-    const int bytes = chunk_bytes(m < z.M, z.K, k);
+    const int m = at.m0 + row, k = kb * BK + chunk * 8;
+    const int bytes = chunk_bytes(m < p.M, p.K, k);
     async_copy16(x + swizzled(row, chunk), bytes ? (const T*)z.x + m * z.x_stride + k : z.x, bytes);
   }
 }
@@ -121,16 +123,15 @@ ZO_DEVICE void fetch(const ZoLinear& z, const Place<MT>& at, int64_t kb, char* s
 // The scale of this thread's two rows, and how many halves of a block of k they still hold for.
 struct Scales {
   float scale[2], offset[2];
-  int64_t group;
-  int left;
+  int group, left;
 };
 
 template <bool OFFSET>
-ZO_DEVICE void load_scales(const ZoLinear& z, int64_t n, Scales& s) {
+ZO_DEVICE void load_scales(const Call& p, int n, Scales& s) {
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    s.scale[i] = scale_at(z, z.scale, n + 8 * i, s.group);
-    s.offset[i] = OFFSET ? fmaf(8.0f, s.scale[i], scale_at(z, z.offset, n + 8 * i, s.group)) : 0.0f;
+    s.scale[i] = scale_at(p, p.z.scale, n + 8 * i, s.group);
+    s.offset[i] = OFFSET ? fmaf(8.0f, s.scale[i], scale_at(p, p.z.offset, n + 8 * i, s.group)) : 0.0f;
   }
 }
 
@@ -154,32 +155,31 @@ ZO_DEVICE void fold(const Scales& s, float (&part)[MT][4], float (&sums)[OFFSET 
 
 // x . D(W)^T of the block over blocks first .. last - 1 of k.
 template <class T, Format FORMAT, bool OFFSET, int MT>
-ZO_DEVICE void multiply(const ZoLinear& z, const Place<MT>& at, int64_t first, int64_t last, char* memory,
-                        float (&acc)[MT][4]) {
+ZO_DEVICE void multiply(const Call& p, const Place<MT>& at, int first, int last, char* memory, float (&acc)[MT][4]) {
   constexpr bool GROUPED = FORMAT == Format::int4;  // codes as they are, the scale at the end of a group
   constexpr int STAGE = stage_bytes<FORMAT, MT>();
   const uint32_t one = (uint32_t)from_float<T>(1.0f).bits * 0x10001u, ones[4] = {one, one, one, one};
   float* const table = (float*)(memory + STAGES * STAGE);
-  if (FORMAT == Format::nf4 && threadIdx.x < 16) table[threadIdx.x] = table_value(z.format, (int)threadIdx.x);
+  if (FORMAT == Format::nf4 && threadIdx.x < 16) table[threadIdx.x] = p.table[threadIdx.x];
   float part[MT][4] = {}, sums[OFFSET ? MT : 1][4] = {};
   Scales s = {};
   if (FORMAT != Format::dense) {
-    s.group = first * BK / z.group_size;
+    s.group = first * BK / p.group_size;
     // rounded up: the one group of a row may end anywhere
-    s.left = (int)ceil_div(z.group_size - first * BK % z.group_size, BK / 2);
-    load_scales<OFFSET>(z, at.n, s);
+    s.left = (p.group_size - first * BK % p.group_size + BK / 2 - 1) / (BK / 2);
+    load_scales<OFFSET>(p, at.n, s);
   }
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) {
-    if (first + i < last) fetch<T, FORMAT, MT>(z, at, first + i, memory + i * STAGE);
+    if (first + i < last) fetch<T, FORMAT, MT>(p, at, first + i, memory + i * STAGE);
     async_commit();
   }
   int slot = 0;
-  for (int64_t kb = first; kb < last; kb++) {
+  for (int kb = first; kb < last; kb++) {
     async_wait<STAGES - 2>();
     __syncthreads();  // the block's copies are there, and the stage before is free
     const int free = slot == 0 ? STAGES - 1 : slot - 1;
-    if (kb + STAGES - 1 < last) fetch<T, FORMAT, MT>(z, at, kb + STAGES - 1, memory + free * STAGE);
+    if (kb + STAGES - 1 < last) fetch<T, FORMAT, MT>(p, at, kb + STAGES - 1, memory + free * STAGE);
     async_commit();
     const char* const codes = memory + slot * STAGE + at.warp * code_bytes<FORMAT>();
     const char* const x = memory + slot * STAGE + WARPS * code_bytes<FORMAT>();
@@ -212,8 +212,8 @@ ZO_DEVICE void multiply(const ZoLinear& z, const Place<MT>& at, int64_t first, i
       }
       if (FORMAT != Format::dense && --s.left == 0) {
         if (GROUPED) fold<OFFSET, MT>(s, part, sums, acc);
-        s.group++, s.left = (int)ceil_div(z.group_size, BK / 2);
-        load_scales<OFFSET>(z, at.n, s);
+        s.group++, s.left = p.group_size / (BK / 2);
+        load_scales<OFFSET>(p, at.n, s);
       }
     }
     slot = slot == STAGES - 1 ? 0 : slot + 1;
@@ -223,21 +223,24 @@ ZO_DEVICE void multiply(const ZoLinear& z, const Place<MT>& at, int64_t first, i
   __syncthreads();  // the pipeline's memory is free
 }
 
+// Blocks that have to fit on a multiprocessor: registers enough, where ptxas left alone spills some for one block more.
+ZO_HD constexpr int blocks_of(int MT, bool offset) { return MT < 8 ? 4 : offset ? 2 : 3; }
+
 // Sums as threads hold them, [splits][blocks][4 MT][THREADS].
 template <int MT>
-ZO_DEVICE float* partial_of(const Call& p, int64_t split) {
-  const int64_t block = (split * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+ZO_DEVICE float* partial_of(const Call& p, int split) {
+  const int64_t block = ((int64_t)split * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   return p.partial + block * 4 * MT * THREADS + threadIdx.x;
 }
 
 template <class T, Format FORMAT, bool OFFSET, int MT>
-__global__ void __launch_bounds__(THREADS) product_kernel(Call p) {
+__global__ void __launch_bounds__(THREADS, blocks_of(MT, OFFSET)) product_kernel(const __grid_constant__ Call p) {
   const Place<MT> at;
   char* const memory = shared_memory();
   float acc[MT][4] = {};
-  const int64_t first = blockIdx.z * p.split_blocks;
+  const int first = blockIdx.z * p.split_blocks;
   if (p.z.codes)
-    multiply<T, FORMAT, OFFSET, MT>(p.z, at, first, smaller(first + p.split_blocks, ceil_div(p.z.K, BK)), memory, acc);
+    multiply<T, FORMAT, OFFSET, MT>(p, at, first, smaller(first + p.split_blocks, p.blocks), memory, acc);
   if (p.partial) {
     float* const to = partial_of<MT>(p, blockIdx.z);
 #pragma unroll
@@ -246,15 +249,15 @@ __global__ void __launch_bounds__(THREADS) product_kernel(Call p) {
       for (int i = 0; i < 4; i++) to[(4 * j + i) * THREADS] = acc[j][i];
   } else {
     low_rank<MT>(p, at, (float*)memory, acc);
-    store_y<T, MT>(p.z, at, acc);
+    store_y<T, MT>(p, at, acc);
   }
 }
 
 template <class T, int MT>
-__global__ void __launch_bounds__(THREADS) finish_kernel(Call p) {
+__global__ void __launch_bounds__(THREADS, blocks_of(MT, false)) finish_kernel(const __grid_constant__ Call p) {
   const Place<MT> at;
   float acc[MT][4] = {};
-  for (int64_t split = 0; split < p.splits; split++) {
+  for (int split = 0; split < p.splits; split++) {
     const float* const from = partial_of<MT>(p, split);
 #pragma unroll
     for (int j = 0; j < MT; j++)
@@ -262,7 +265,7 @@ __global__ void __launch_bounds__(THREADS) finish_kernel(Call p) {
       for (int i = 0; i < 4; i++) acc[j][i] = acc[j][i] + from[(4 * j + i) * THREADS];
   }
   low_rank<MT>(p, at, (float*)shared_memory(), acc);
-  store_y<T, MT>(p.z, at, acc);
+  store_y<T, MT>(p, at, acc);
 }
 
 // ---------------------------------------------------------------- h = x . basis
@@ -273,23 +276,23 @@ struct Projection {
   const void* x;
   const float* basis;  // [K, R], or [G, K, R] when group_rows > 0
   float* h;            // [chunks, M, R]
-  int64_t M, K, R, x_stride, group_rows;
+  int64_t x_stride;
+  int M, K, R, group_rows;
 };
 
 // A warp takes ROWS rows, one chunk of k and every fourth quad of ranks; lanes stand side by side along k.
 template <class T>
 __global__ void __launch_bounds__(THREADS) project_kernel(Projection p) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-  const int64_t m0 = (int64_t)blockIdx.x * ROWS, first = (int64_t)blockIdx.y * CHUNK;
-  const int64_t last = smaller(first + CHUNK, p.K);
-  for (int64_t r0 = 4 * warp; r0 < p.R; r0 += 4 * WARPS) {
+  const int m0 = blockIdx.x * ROWS, first = blockIdx.y * CHUNK, last = smaller(first + CHUNK, p.K);
+  for (int r0 = 4 * warp; r0 < p.R; r0 += 4 * WARPS) {
     float sum[ROWS][4] = {};
-    for (int64_t k = first + lane; k < last; k += WARP)
+    for (int k = first + lane; k < last; k += WARP)
 #pragma unroll
       for (int row = 0; row < ROWS; row++) {
-        const int64_t m = smaller(m0 + row, p.M - 1);
+        const int m = smaller(m0 + row, p.M - 1);
         const float x = to_float(((const T*)p.x)[m * p.x_stride + k]);
-        const float* const basis = p.basis + ((p.group_rows ? m / p.group_rows : 0) * p.K + k) * p.R;
+        const float* const basis = p.basis + ((int64_t)(p.group_rows ? m / p.group_rows : 0) * p.K + k) * p.R;
 #pragma unroll
         for (int i = 0; i < 4; i++) sum[row][i] = fmaf(x, r0 + i < p.R ? basis[r0 + i] : 0.0f, sum[row][i]);
       }
@@ -300,7 +303,7 @@ __global__ void __launch_bounds__(THREADS) project_kernel(Projection p) {
         float v = sum[row][i];
 #pragma unroll
         for (int lanes = WARP / 2; lanes > 0; lanes /= 2) v = v + shuffle_xor(v, lanes);
-        if (lane == 0 && m0 + row < p.M && r0 + i < p.R) p.h[(blockIdx.y * p.M + m0 + row) * p.R + r0 + i] = v;
+        if (lane == 0 && m0 + row < p.M && r0 + i < p.R) p.h[((int64_t)blockIdx.y * p.M + m0 + row) * p.R + r0 + i] = v;
       }
   }
 }
@@ -332,7 +335,7 @@ Sizes sizes_of(const ZoLinear& z) {
 
 template <class T>
 const char* project(const ZoLinear& z, const float* basis, int64_t R, bool per_group, float* h) {
-  const Projection p = {z.x, basis, h, z.M, z.K, R, z.x_stride, per_group ? z.M / z.G : 0};
+  const Projection p = {z.x, basis, h, z.x_stride, (int)z.M, (int)z.K, (int)R, per_group ? (int)(z.M / z.G) : 0};
   const dim3 grid((unsigned)ceil_div(z.M, ROWS), (unsigned)chunks_of(z.K));
   return launch(project_kernel<T>, grid, THREADS, 0, z.stream, p);
 }
@@ -363,15 +366,20 @@ const char* run(const ZoLinear& z) {
   const Sizes sizes = sizes_of(z);
   Call p = {};
   p.z = z;
-  if (z.noise == Noise::none) p.z.S = 0;
-  p.splits = splits_of(z, p.split_blocks);
+  p.M = (int)z.M, p.N = (int)z.N, p.K = (int)z.K, p.R = (int)z.R, p.base_rank = (int)z.base_rank;
+  p.S = z.noise == Noise::none ? 0 : (int)z.S;
+  p.group_rows = (int)(z.M / z.G);
+  p.group_size = (int)z.group_size, p.groups = (int)ceil_div(z.K, z.group_size), p.blocks = (int)ceil_div(z.K, BK);
+  int64_t split_blocks;
+  p.splits = (int)splits_of(z, split_blocks), p.split_blocks = (int)split_blocks;
+  for (int i = 0; i < 16 && is_4bit(z.format); i++) p.table[i] = table_value(z.format, i);
   float* const h = z.workspace;
   float* const base_h = h + sizes.h;
   p.partial = sizes.partial ? base_h + sizes.base_h : nullptr;
   p.h = z.R == 0 ? nullptr : z.projected ? z.projected : z.basis ? h : nullptr;
-  p.parts = z.projected ? 1 : chunks_of(z.K);
+  p.parts = z.projected ? 1 : (int)chunks_of(z.K);
   p.base_h = z.base_basis && z.base_rank ? base_h : nullptr;
-  p.base_parts = chunks_of(z.K);
+  p.base_parts = (int)chunks_of(z.K);
   const char* message = nullptr;
   if (p.h == h && p.h) message = project<T>(z, z.basis, z.R, z.basis_per_group, h);
   if (!message && p.base_h) message = project<T>(z, z.base_basis, z.base_rank, false, base_h);
@@ -393,7 +401,9 @@ const char* refusal(const ZoLinear& z) {
     return "zo_linear: `group_size` is not a multiple of 32";
   if (z.G < 1 || z.M % z.G) return "zo_linear: `x` has a number of rows that its row groups do not divide";
   if (ceil_div(z.M, 64) > 65535) return "zo_linear: more than 4194240 rows";
-  if (chunks_of(z.K) > 65535) return "zo_linear: K is too large";
+  const int64_t most = 1 << 24;  // what 32-bit sizes and the grid bear
+  if (z.N > most || z.K > most || z.R > most || z.base_rank > most || z.S > most)
+    return "zo_linear: N, K, a rank or the number of seeds is above 2^24";
   return nullptr;
 }
 

@@ -34,6 +34,7 @@ struct Call {
 
 ZO_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 
+// Element i of an array of fp32, fp16 or bf16: biases and scales, few enough for a branch that all threads take alike.
 ZO_DEVICE float scalar_at(const void* p, DType dtype, int64_t i) {
   if (dtype == DType::f32) return ((const float*)p)[i];
   if (dtype == DType::f16) return to_float(((const f16*)p)[i]);
@@ -51,6 +52,7 @@ struct Place {
   ZO_DEVICE int column(int j, int i) const { return 8 * j + 2 * t + (i & 1); }  // of the block's 8 MT, of acc[j][i]
 };
 
+// y = acc + bias, rounded once; lanes of equal t write neighbouring columns.
 template <class T, int MT>
 ZO_DEVICE void store_y(const Call& p, const Place<MT>& at, const float (&acc)[MT][4]) {
 #pragma unroll
@@ -151,6 +153,7 @@ ZO_DEVICE void low_rank(const Call& p, const Place<MT>& at, float* memory, float
     __syncthreads();
   }
   const int group_rows = p.group_rows, last = smaller(at.m0 + 8 * MT, p.M) - 1;
+  // `right` stays for all that meets h; `left` and `own` are filled anew for each C_g and each seed.
   for (int r0 = 0; p.h && r0 < p.R; r0 += RANKS) {
     stage_h<MT>(p.h, p.parts, at.m0, p.M, r0, p.R, right);
     if (z.coeff) stage_matrix(z.coeff, at.n0, p.N, r0, p.R, left);

@@ -32,6 +32,7 @@ ZO_DEVICE void words4(int64_t seed, uint32_t param_id, uint32_t stream, uint64_t
   for (int i = 0; i < 4; i++) out[i] = v[i];
 }
 
+// The four values of a block of the normal stream.
 ZO_DEVICE void normals(int64_t seed, uint32_t param_id, uint64_t block, float* v) {
   const Words w = words(seed, param_id, STREAM_NORMAL, block);
   box_muller<Lane>(w.w[0], w.w[1], v[0], v[1]);
@@ -44,7 +45,7 @@ ZO_DEVICE uint32_t word_at(const Words& v, int i) {
   return i & 2 ? high : low;
 }
 
-// Z[e .. e + 3].
+// Z[e .. e + 3]. Rademacher: four bits of one 128-bit block, or the last ones of it and the first ones of the next.
 template <Noise NOISE>
 ZO_DEVICE void noise4(int64_t seed, uint32_t param_id, uint64_t e, float (&z)[4]) {
   if (NOISE == Noise::normal) {
@@ -70,7 +71,8 @@ ZO_DEVICE void noise4(int64_t seed, uint32_t param_id, uint64_t e, float (&z)[4]
   }
 }
 
-// sum_s weights[s] Z_s[e .. e + 3] from zero in ascending order, every operation rounded on its own.
+// sum_s weights[s] Z_s[e .. e + 3] from zero in ascending order, every operation rounded on its own: the order of
+// reference.py. The seeds of a call lie in one cache line or two, and all threads read the same one.
 template <Noise NOISE>
 ZO_DEVICE void weighted_noise4(const int64_t* seeds, const float* weights, int64_t S, uint32_t param_id, uint64_t e,
                                float (&g)[4]) {

@@ -26,9 +26,12 @@
 namespace zo {
 namespace cuda {
 
+// Bits only: arithmetic on 16-bit floats happens in fma2 and mma, all other in fp32. The toolkit's own types would need
+// its headers on a host that has no toolkit.
 struct f16 { uint16_t bits; };
 struct bf16 { uint16_t bits; };
 
+// What one access moves.
 struct alignas(16) Word4 { uint32_t w[4]; };
 struct alignas(8) Word2 { uint32_t w[2]; };
 
@@ -36,6 +39,7 @@ constexpr int WARP = 32;
 
 // ---------------------------------------------------------------- 16-bit floats
 
+// Narrowing rounds to nearest, ties to even; a NaN stays one, with the bits of the hardware's canonical NaN for bf16.
 #ifdef __CUDACC__
 ZO_DEVICE float to_float(f16 v) {
   float f;
@@ -116,7 +120,7 @@ inline uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {  // exact in fp32 for
 }
 #endif
 
-// (a & MASK) | c in one instruction.
+// (a & MASK) | c in one instruction: 0xea is the truth table of (0xf0 & 0xcc) | 0xaa.
 template <uint32_t MASK>
 ZO_DEVICE uint32_t and_or(uint32_t a, uint32_t c) {
 #ifdef __CUDACC__
@@ -166,8 +170,9 @@ ZO_DEVICE char* shared_memory() {
 #endif
 }
 
-// 16 bytes from global to shared memory behind the thread's back, zeros from byte `bytes` on. They are there, for this
-// thread, after async_wait; for the others, after a barrier on top.
+// 16 bytes from global to shared memory behind the thread's back, past L1: a weight is read once. Zeros from byte
+// `bytes` on, and nothing is read there. They have arrived, for this thread, after async_wait; for others, after a
+// barrier on top.
 ZO_DEVICE void async_copy16(void* shared, const void* global, int bytes) {
 #ifdef __CUDACC__
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),
@@ -177,6 +182,7 @@ ZO_DEVICE void async_copy16(void* shared, const void* global, int bytes) {
   shim::async_copy16(shared, global, bytes);
 #endif
 }
+// Closes a group of copies; a group may be empty, so that every turn of a loop commits one.
 ZO_DEVICE void async_commit() {
 #ifdef __CUDACC__
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -196,6 +202,7 @@ ZO_DEVICE void async_wait() {
 
 // ---------------------------------------------------------------- a warp together
 
+// The v of lane `lane ^ lanes`. All lanes of the warp call it, as they do the others below.
 ZO_DEVICE float shuffle_xor(float v, int lanes) {
 #ifdef __CUDACC__
   return __shfl_xor_sync(0xffffffffu, v, lanes);
@@ -206,6 +213,7 @@ ZO_DEVICE float shuffle_xor(float v, int lanes) {
 #endif
 }
 
+// Four matrices of 8 x 8 values from shared memory; see above. `row` is the row that this lane addresses.
 ZO_DEVICE void ldmatrix4(uint32_t (&r)[4], const void* row) {
 #ifdef __CUDACC__
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -221,7 +229,8 @@ ZO_DEVICE void ldmatrix4(uint32_t (&r)[4], const void* row) {
 #endif
 }
 
-// c += A . B, products of 16-bit floats, sums in fp32.
+// c += A . B, products of 16-bit floats, sums in fp32. The twin adds in ascending k; hardware has an order, and a
+// rounding of the partial sums, of its own, so that shim and GPU agree within law 2.3 and not bit for bit.
 template <class T>
 ZO_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 #ifdef __CUDACC__

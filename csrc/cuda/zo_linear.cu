@@ -42,6 +42,7 @@ ZO_DEVICE int swizzled(int row, int chunk) { return row * 128 + (chunk ^ (row & 
 
 // ---------------------------------------------------------------- decoding
 
+// Eight codes of a word as the left operand: nibbles j and j + 4 become the halves of a[j].
 template <class T>
 ZO_DEVICE void int4_fragment(uint32_t word, uint32_t (&a)[4]);
 template <>
@@ -59,6 +60,7 @@ ZO_DEVICE void int4_fragment<bf16>(uint32_t word, uint32_t (&a)[4]) {
     a[i] = fma2<bf16>(and_or<0x000f000fu>(word, 0x43004300u), 0x3f803f80u, 0xc308c308u);  // (128 + q) - 136
 }
 
+// The same through a codebook in shared memory: 16 words in 16 banks, so that lanes never wait for one another.
 // scales[0] is of row g, scales[1] of row g + 8.
 template <class T>
 ZO_DEVICE void table_fragment(uint32_t word, const float* table, const float (&scales)[2], uint32_t (&a)[4]) {
@@ -67,7 +69,8 @@ ZO_DEVICE void table_fragment(uint32_t word, const float* table, const float (&s
     a[i] = pack<T>(table[word >> 4 * i & 15] * scales[i & 1], table[word >> (4 * i + 16) & 15] * scales[i & 1]);
 }
 
-// The scale (offset) of row n and group `group`, 0 outside.
+// The scale (offset) of row n and group `group`, 0 outside. Nested scales as bitsandbytes decodes them: a product
+// rounded, then a sum rounded.
 ZO_DEVICE float scale_at(const Call& p, const void* stored, int n, int group) {
   const ZoLinear& z = p.z;
   const int64_t i = (int64_t)n * p.groups + group;
@@ -126,6 +129,7 @@ struct Scales {
   int group, left;
 };
 
+// For int4 they are needed at the end of their group, which hides the load. Codes are centred, so the offset is too.
 template <bool OFFSET>
 ZO_DEVICE void load_scales(const Call& p, int n, Scales& s) {
 #pragma unroll
@@ -153,7 +157,8 @@ ZO_DEVICE void fold(const Scales& s, float (&part)[MT][4], float (&sums)[OFFSET 
       for (int i = 0; i < 4; i++) sums[OFFSET ? j : 0][i] = 0.0f;
 }
 
-// x . D(W)^T of the block over blocks first .. last - 1 of k.
+// x . D(W)^T of the block over blocks first .. last - 1 of k. STAGES - 1 copies are under way at any time; one barrier
+// a turn says both that a stage has arrived for all and that the one before has been read by all.
 template <class T, Format FORMAT, bool OFFSET, int MT>
 ZO_DEVICE void multiply(const Call& p, const Place<MT>& at, int first, int last, char* memory, float (&acc)[MT][4]) {
   constexpr bool GROUPED = FORMAT == Format::int4;  // codes as they are, the scale at the end of a group
@@ -233,6 +238,7 @@ ZO_DEVICE float* partial_of(const Call& p, int split) {
   return p.partial + block * 4 * MT * THREADS + threadIdx.x;
 }
 
+// Grid: blocks of W's rows, blocks of x's rows, splits of K.
 template <class T, Format FORMAT, bool OFFSET, int MT>
 __global__ void __launch_bounds__(THREADS, blocks_of(MT, OFFSET)) product_kernel(const __grid_constant__ Call p) {
   const Place<MT> at;
@@ -253,6 +259,7 @@ __global__ void __launch_bounds__(THREADS, blocks_of(MT, OFFSET)) product_kernel
   }
 }
 
+// The same grid without splits, and the same threads: each reads back what it stored.
 template <class T, int MT>
 __global__ void __launch_bounds__(THREADS, blocks_of(MT, false)) finish_kernel(const __grid_constant__ Call p) {
   const Place<MT> at;
@@ -321,6 +328,8 @@ int64_t splits_of(const ZoLinear& z, int64_t& split_blocks) {
   return z.codes && blocks ? ceil_div(blocks, split_blocks) : 1;
 }
 
+// Tiles of 8 rows of x that a block multiplies: three sizes, so that few kernels have to be compiled. No bit follows
+// it.
 int tiles_of(int64_t M) { return M <= 8 ? 1 : M <= 32 ? 4 : 8; }  // MT
 
 struct Sizes {
@@ -333,6 +342,7 @@ Sizes sizes_of(const ZoLinear& z) {
           splits > 1 ? splits * ceil_div(z.N, BN) * BN * ceil_div(z.M, rows) * rows : 0};
 }
 
+// Launches `project_kernel`; h [chunks, M, R] lies in the workspace.
 template <class T>
 const char* project(const ZoLinear& z, const float* basis, int64_t R, bool per_group, float* h) {
   const Projection p = {z.x, basis, h, z.x_stride, (int)z.M, (int)z.K, (int)R, per_group ? (int)(z.M / z.G) : 0};
@@ -391,6 +401,7 @@ const char* run(const ZoLinear& z) {
   }
 }
 
+// What this kernel declines, in words; dispatch then takes another implementation.
 const char* refusal(const ZoLinear& z) {
   if (z.dtype != DType::f16 && z.dtype != DType::bf16) return "zo_linear: `x` is not float16 or bfloat16";
   if ((uintptr_t)z.x % 16 || z.x_stride % 8) return "zo_linear: rows of `x` are not aligned to 16 bytes";

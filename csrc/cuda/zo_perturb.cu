@@ -67,6 +67,7 @@ ZO_DEVICE void add4(const ZoPerturb& p, T* w, const float (&d)[4], uint64_t e, i
   store4(w, whole, count, out);
 }
 
+// A block is one tile of COLUMNS columns of one row.
 template <class T, Noise NOISE>
 __global__ void __launch_bounds__(THREADS) dense_kernel(ZoPerturb p) {
   const int64_t tiles = ceil_div(p.C, COLUMNS);
@@ -85,6 +86,7 @@ __global__ void __launch_bounds__(THREADS) dense_kernel(ZoPerturb p) {
   add4(p, (T*)p.w + n * p.w_stride + c, d, e, left);
 }
 
+// A block is COLUMNS columns of ROWS rows. Threads past the last column stay for the barriers and store nothing.
 template <class T, Noise NOISE>
 __global__ void __launch_bounds__(THREADS) basis_kernel(ZoPerturb p) {
   float* const g = (float*)shared_memory();  // [ROWS][RANKS]

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int THREADS = (int)UPDATE_TILE / 4;
 
+// What does not depend on the element, worked out by every thread: cheaper than a launch that would do it once.
 struct Hyper {
   float lr, beta1, beta2, eps, weight_decay, rise1, rise2, step, root, decay;
 };
@@ -26,6 +27,7 @@ ZO_DEVICE Hyper hyper_of(const float* h) {
           lr * weight_decay};
 }
 
+// One element; m and v are left alone where the rule has none.
 template <Rule RULE>
 ZO_DEVICE void advance(const Hyper& h, float g, float& c, float& m, float& v) {
   if (RULE == Rule::adamw) {
@@ -59,6 +61,8 @@ ZO_DEVICE int64_t layer_of(const ZoUpdate& p, int64_t tile) {
   return low;
 }
 
+// Four neighbours are loaded, moved and stored whole where they are all there and aligned, one by one elsewhere:
+// windows into larger buffers may begin anywhere.
 template <Rule RULE, Noise NOISE>
 __global__ void __launch_bounds__(THREADS) update_kernel(ZoUpdate p) {
   constexpr bool has_m = RULE != Rule::sgd, has_v = RULE == Rule::adam || RULE == Rule::adamw;

@@ -1,0 +1,80 @@
+"""The Triton implementation: kernels for NVIDIA (Ampere and newer) and AMD GPUs. Importing this imports no Triton.
+
+words.py and dequant.py hold the device functions that all kernels share, one file per op holds its kernels and their
+launcher, tiles.py the rules that pick a tile. Tests run the kernels on the CPU, in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from ..dispatch import Problem
+
+_ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST = (8, 0)  # Triton has no tensor-core products before: they become scalar FMAs that spill
+
+
+def interpreted() -> bool:
+    """Whether Triton, if anybody imported it, runs kernels on the CPU: TRITON_INTERPRET=1, which tests set."""
+    triton = sys.modules.get("triton")
+    return triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Why kernels cannot run on a "cuda" tensor here; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install 'zoact_kernels[triton]'"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA or ROCm device"
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is None and capability < OLDEST:
+        return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST[0]}.{OLDEST[1]}"
+    return None
+
+
+class Triton:
+    """triton_ops behind the schema; arguments are checked before they get here."""
+
+    name = "triton"
+    batch_invariant = True
+
+    def refusal(self, problem: Problem) -> str | None:
+        p = problem
+        if p.device != "cuda" and not (p.device == "cpu" and interpreted()):
+            return f"tensors are on {p.device}"
+        if p.device == "cuda" and (reason := _missing()) is not None:
+            return reason
+        if p.dtype not in _ACTIVATIONS:
+            return f"{p.dtype} is not float32, bfloat16 or float16"
+        if p.layout != "row":
+            return f"layout {p.layout!r} is one of CPU kernels; these read 'row'"
+        if p.format == "dense" and p.code_dtype not in _ACTIVATIONS:
+            return f"the dense weight is {p.code_dtype}"
+        if p.op not in ("dequantize", "zo_linear"):
+            return f"{p.op} has no Triton kernel yet"
+        return None
+
+    def cost(self, problem: Problem) -> tuple[float, float]:
+        """(flops, bytes), each operand counted once."""
+        p = problem
+        bits = {"dense": 8 * p.code_dtype.itemsize, "int8": 9, "int4": 5, "nf4": 5, "fp4": 5, "none": 0}[p.format]
+        flops = 2.0 * p.M * p.N * p.K + 2.0 * p.M * (p.rank + p.base_rank) * (p.N + p.K)
+        moved = bits / 8 * p.N * p.K + p.dtype.itemsize * p.M * (p.N + p.K) + 4.0 * p.rank * (p.N + p.K)
+        return flops, moved
+
+    def zo_linear(self, *args, **named):
+        from .zo_linear import zo_linear
+
+        return zo_linear(*args, **named)
+
+    def dequantize(self, *args, **named):
+        from .dequantize import dequantize
+
+        return dequantize(*args, **named)

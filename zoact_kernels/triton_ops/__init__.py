@@ -57,8 +57,8 @@ class Triton:
             return f"layout {p.layout!r} is one of CPU kernels; these read 'row'"
         if p.format == "dense" and p.code_dtype not in _ACTIVATIONS:
             return f"the dense weight is {p.code_dtype}"
-        if p.op not in ("dequantize", "zo_linear"):
-            return f"{p.op} has no Triton kernel yet"
+        if p.op == "zo_dense_linear" and "noise on the scales" in p.features:
+            return "noise on the scales is left to the reference"
         return None
 
     def cost(self, problem: Problem) -> tuple[float, float]:
@@ -74,7 +74,22 @@ class Triton:
 
         return zo_linear(*args, **named)
 
+    def zo_dense_linear(self, *args, **named):
+        from .zo_dense_linear import zo_dense_linear
+
+        return zo_dense_linear(*args, **named)
+
     def dequantize(self, *args, **named):
         from .dequantize import dequantize
 
         return dequantize(*args, **named)
+
+    def zo_update_(self, *args, **named):
+        from .zo_update import zo_update_
+
+        zo_update_(*args, **named)
+
+    def zo_perturb_(self, *args, **named):
+        from .zo_perturb import zo_perturb_
+
+        zo_perturb_(*args, **named)

@@ -141,9 +141,9 @@ def noise(NOISE: tl.constexpr, seed, param_id, first, COLS: tl.constexpr, ALIGN:
 def kept(seed, param_id, share, first, COLS: tl.constexpr, ALIGN: tl.constexpr):
     """bool [rows, COLS]: a random `share` (an fp32 scalar, clamped to [0, 1], NaN keeps nothing) of the elements."""
     word = element_words(seed, param_id, MASK, first, COLS, ALIGN)
-    part = tl.where(share > 0.0, tl.where(share < 1.0, share, 0.0), 0.0)  # exact: scaled by a power of two, then floor
-    threshold = (part.to(tl.float64) * 4294967296.0).to(tl.int64)
-    return (word < threshold.to(tl.uint32)) | (share >= 1.0)
+    part = tl.minimum(tl.where(share > 0.0, share, 0.0), 1.0)
+    threshold = (part.to(tl.float64) * 4294967296.0).to(tl.int64)  # exact, then floor
+    return word.to(tl.int64) < threshold
 
 
 @triton.jit

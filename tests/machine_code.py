@@ -1,4 +1,4 @@
-"""Triton kernels compiled without a GPU: the launches of an op recorded, each built for a target, its machine code read.
+"""Triton kernels compiled without a GPU: the launches of an op recorded, each built for a target, its code read.
 
 A launch is specialised as it is at run time (divisibility by 16 of pointers and sizes, sizes of one, absent tensors),
 so what is measured is what ships. Import this only where TRITON_INTERPRET is not set.
@@ -102,9 +102,13 @@ def build(launch: Launch, name: str) -> Code:
         path.write_bytes(compiled.asm["cubin"])
 
         def tool(*command: str) -> str:
-            return subprocess.run([TOOLS / command[0], *command[1:], path], check=True, capture_output=True, text=True).stdout
+            return subprocess.run(
+                [TOOLS / command[0], *command[1:], path], check=True, capture_output=True, text=True
+            ).stdout
 
         usage = tool("cuobjdump", "-res-usage")
         text = tool("nvdisasm", "-c")
     found = dict(re.findall(r"(REG|STACK):(\d+)", usage))
-    return Code(int(found["REG"]), threads, int(found["STACK"]), len(re.findall(r"\b(?:LDL|STL)\b", text)), shared, text)
+    return Code(
+        int(found["REG"]), threads, int(found["STACK"]), len(re.findall(r"\b(?:LDL|STL)\b", text)), shared, text
+    )

@@ -44,6 +44,4 @@ class Stored(NamedTuple):
         whole_row = not flat and (group_size == -1 or group_size >= K)
         span = 0 if whole_row or scale is None else K if group_size == -1 else group_size
         groups = scale.shape[1] if scale is not None and not flat else 0
-        return cls(
-            (weight, scale, offset, nested), (0 if flat else weight.shape[1], groups), (format, span, flat)
-        )
+        return cls((weight, scale, offset, nested), (0 if flat else weight.shape[1], groups), (format, span, flat))

@@ -159,7 +159,9 @@ def stochastic(value, word, DTYPE: tl.constexpr):
     else:
         exponent = magnitude >> 23
         drop = (126 - exponent.to(tl.int32) & 31).to(tl.uint32)  # of a subnormal
-        small = (((magnitude & 0x7FFFFF) | 0x800000) + (word & ((tl.full(drop.shape, 1, tl.uint32) << drop) - 1))) >> drop
+        small = (
+            ((magnitude & 0x7FFFFF) | 0x800000) + (word & ((tl.full(drop.shape, 1, tl.uint32) << drop) - 1))
+        ) >> drop
         large = (magnitude - 0x38000000 + (word & 0x1FFF)) >> 13
         half = tl.where(exponent >= 113, large, tl.where(exponent >= 95, small, 0))
         half = tl.where(half > 0x7BFF, 0x7BFF, half)

@@ -4,8 +4,8 @@
 
 One launch. After the pass over W there is one pass over x for each seed: f Z_s is made once for all row groups of the
 tile, its product with x summed apart, and sigma, a number a row, multiplies that sum in fp32. Z is not rounded to the
-dtype of x (dequant.dot32), but where its values, 1 and -1, are exact in it. y is rounded once. K is not split: Z, not the
-weight's bytes, is the bound. The weight is the left operand, as in zo_linear.py.
+dtype of x (dequant.dot32), but where its values, 1 and -1, are exact in it. y is rounded once. K is not split: Z, not
+the weight's bytes, is the bound. The weight is the left operand, as in zo_linear.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """zo_perturb_: w [N, C] <- w + sum_s weights[s] Z_s (* noise_scale | . basis^T) where the mask lets an element move.
 
-w fp32, bf16 or fp16 with any row stride, in place; bit for bit reference.zo_perturb_: everything in fp32, each operation
+w fp32, bf16 or fp16 with any row stride, in place; bit for bit reference.zo_perturb_: all in fp32, each operation
 rounded on its own, one rounding to the dtype of w, to nearest or stochastically. Bound by memory.
 
 Dense: a program takes 8 runs of 128 elements whose addresses e start at multiples of 128, so no word of Philox is made
@@ -44,7 +44,7 @@ def perturb_kernel(
     run = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row = run // chunks
     e_row = (row_offset + row) * total
-    first = (((e_row >> 7) + run % chunks) << 7)
+    first = ((e_row >> 7) + run % chunks) << 7
     start = first - e_row
     j = start[:, None] + tl.arange(0, COLS)[None, :]
     inside = (j >= 0) & (j < width) & (row < rows)[:, None]

@@ -1,6 +1,6 @@
 """zo_update_: C <- rule(C, g) with g = sum_s weights[s] Z_s, for all layers of a model in one launch.
 
-C, m, v fp32 [N, R], contiguous, in place; bit for bit reference.zo_update_ (every operation rounded on its own). Each is
+C, m, v fp32 [N, R], contiguous, in place; bit for bit reference.zo_update_, every operation rounded on its own. Each is
 read and written once, Z made in registers: bound by memory. One program takes 1024 neighbouring elements of one layer,
 from an address that is a multiple of 128, so that no word of Philox is made twice. Where the layers lie stands in a
 table on the device, made once for a set of tensors: a captured graph replays without the host.

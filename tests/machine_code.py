@@ -7,10 +7,13 @@ so what is measured is what ships. Import this only where TRITON_INTERPRET is no
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -20,6 +23,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from zoact_kernels.formats import expected_shapes
+from zoact_kernels.rng import KINDS
+from zoact_kernels.triton_ops import Triton
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TARGETS = {f"sm_{cc}": GPUTarget("cuda", cc, 32) for cc in (80, 86, 89, 90, 100, 120)}
@@ -43,7 +50,7 @@ class Launch(NamedTuple):
 
 
 class Code(NamedTuple):
-    """What a kernel became. `loops`: instructions of each loop body that multiplies on tensor cores."""
+    """What a kernel became."""
 
     registers: int
     threads: int
@@ -51,6 +58,18 @@ class Code(NamedTuple):
     local: int  # loads and stores of local memory (spills)
     shared: int
     text: str
+
+    def k_loop(self, instruction: str) -> list[str]:
+        """The shortest loop that holds `instruction`, its lines; [] if none does. A loop ends in a branch back."""
+        lines = self.text.splitlines()
+        labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"(\.L\w+):", line.strip()))}
+        loops = []
+        for end, line in enumerate(lines):
+            back = re.search(r"(?:\bBRA\b|\bs_c?branch\w*\b).*?(\.L\w+)", line)
+            start = labels.get(back[1], end) if back else end
+            if start < end and any(instruction in text for text in lines[start:end]):
+                loops.append(lines[start:end])
+        return min(loops, key=len, default=[])
 
 
 @contextlib.contextmanager
@@ -112,3 +131,157 @@ def build(launch: Launch, name: str) -> Code:
     return Code(
         int(found["REG"]), threads, int(found["STACK"]), len(re.findall(r"\b(?:LDL|STL)\b", text)), shared, text
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What ships: every kernel in every configuration that the rules of tiles.py pick, on sizes of real layers.
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+# name -> format, group_size, dtype of the scales (of the weight, for dense), offset, nested, flat
+WEIGHTS: dict[str, tuple[str, int, torch.dtype, bool, bool, bool]] = {
+    "int4": ("int4", 64, torch.float16, True, False, False),
+    "int4-g32": ("int4", 32, torch.float16, True, False, False),
+    "int4-sym": ("int4", 128, torch.float16, False, False, False),
+    "int8": ("int8", -1, torch.float32, False, False, False),
+    "nf4": ("nf4", 64, torch.float32, False, False, False),
+    "nf4-nested": ("nf4", 64, torch.float32, False, True, False),
+    "fp4-flat": ("fp4", 96, torch.float32, False, False, True),
+    "dense-bf16": ("dense", -1, torch.bfloat16, False, False, False),
+    "dense-f32": ("dense", -1, torch.float32, False, False, False),
+}
+
+
+def _weight(name: str, N: int, K: int) -> dict[str, Any]:
+    format, group_size, dtype, offset, nested, flat = WEIGHTS[name]
+    code, scale = expected_shapes(format, "row", group_size, N, K, flat)
+    stored = dtype if format == "dense" else torch.int8 if format == "int8" else torch.uint8
+
+    def scales(there: bool) -> torch.Tensor | None:
+        return torch.zeros(scale, dtype=torch.uint8 if nested else dtype) if there else None
+
+    return dict(
+        weight=torch.zeros(code, dtype=stored), scale=scales(format != "dense"), offset=scales(offset),
+        nested=torch.zeros(300) if nested else None, format=format, layout="row", group_size=group_size, out_features=N,
+    )  # fmt: skip
+
+
+def _seeded(S: int, G: int) -> dict[str, Any]:
+    return dict(
+        seeds=torch.zeros(S, dtype=torch.int64), sigmas=torch.zeros(G, S), param_id=torch.zeros(1, dtype=torch.int64)
+    )
+
+
+def linear(weight: str, dtype: str, M: int, N: int, noise: str = "normal", R: int = 16) -> None:
+    Triton().zo_linear(
+        torch.zeros(M, 1024, dtype=DTYPES[dtype]), **_weight(weight, N, 1024), **_seeded(2, 2), bias=torch.zeros(N),
+        base_basis=None, base_coeff=None, basis=torch.zeros(1024, R), coeff=torch.zeros(N, R), coeff_groups=None,
+        projected=None, noise=noise, groups=2,
+    )  # fmt: skip
+
+
+def dense(weight: str, dtype: str, M: int, noise: str = "normal", mask: str = "none") -> None:
+    Triton().zo_dense_linear(
+        torch.zeros(M, 1024, dtype=DTYPES[dtype]), **_weight(weight, 1024, 1024), **_seeded(2, 2), bias=None,
+        noise_scale=None, mask_value=None if mask == "none" else torch.zeros(1),
+        mask_seed=torch.zeros(1, dtype=torch.int64) if mask == "random" else None, noise=noise, mask=mask, groups=2,
+    )  # fmt: skip
+
+
+def update(rule: str, noise: str) -> None:
+    tensors = [torch.zeros(4096, 16) for _ in range(3)]
+    moments = {"sgd": 0, "momentum": 1, "adamw": 2}[rule]
+    one = torch.zeros(1, dtype=torch.int64)
+    Triton().zo_update_(
+        tensors[:1], tensors[1:2] if moments else [], tensors[2:] if moments == 2 else [], one, one, torch.zeros(1),
+        torch.zeros(7), torch.zeros(1, dtype=torch.bool), rule, noise,
+    )  # fmt: skip
+
+
+def perturb(dtype: str, noise: str, mask: str = "none", R: int = 0, rounding: bool = False) -> None:
+    one = torch.zeros(1, dtype=torch.int64)
+    Triton().zo_perturb_(
+        torch.zeros(1024, 1024, dtype=DTYPES[dtype]), one, torch.zeros(1), one, torch.zeros(1024, R) if R else None,
+        None, None if mask == "none" else torch.zeros(1), one if mask == "random" else None,
+        one if rounding else None, noise, mask,
+    )  # fmt: skip
+
+
+def unpack(weight: str, dtype: str) -> None:
+    stored = _weight(weight, 1024, 1024)
+    Triton().dequantize(**stored, in_features=1024, dtype=DTYPES[dtype])
+
+
+# N = 8192 leaves K whole, N = 2048 splits it. M: one tile of x of each width; 40 is more than one.
+CASES: dict[str, Callable[[], None]] = {
+    **{f"linear-{w}-bf16-M16": partial(linear, w, "bf16", 16, 8192) for w in WEIGHTS},
+    **{f"linear-{w}-bf16-M64": partial(linear, w, "bf16", 64, 8192) for w in WEIGHTS},
+    **{f"linear-int4-{d}-M{M}-split": partial(linear, "int4", d, M, 2048) for d in DTYPES for M in (16, 32, 64)},
+    **{f"linear-nf4-{d}-M{M}": partial(linear, "nf4", d, M, 8192, "rademacher", 64) for d in DTYPES for M in (16, 32)},
+    **{f"dense-{w}-bf16-M16": partial(dense, w, "bf16", 16) for w in ("int4", "nf4", "dense-bf16")},
+    **{f"dense-int4-{d}-M{M}": partial(dense, "int4", d, M) for d in DTYPES for M in (32, 64)},
+    "dense-int4-f16-M16-rademacher-random": partial(dense, "int4", "f16", 16, "rademacher", "random"),
+    "dense-int4-bf16-M16-magnitude": partial(dense, "int4", "bf16", 16, "normal", "magnitude"),
+    **{f"update-{r}-{n}": partial(update, r, n) for r in ("sgd", "momentum", "adamw") for n in KINDS},
+    **{f"perturb-{d}-normal": partial(perturb, d, "normal") for d in DTYPES},
+    "perturb-bf16-rademacher-random-rounding": partial(perturb, "bf16", "rademacher", "random", 0, True),
+    "perturb-f16-rounding": partial(perturb, "f16", "normal", "none", 0, True),
+    "perturb-bf16-basis": partial(perturb, "bf16", "normal", "none", 16, True),
+    **{f"dequantize-{w}-bf16": partial(unpack, w, "bf16") for w in WEIGHTS},
+}
+# What `make test` compiles, for one target.
+QUICK = (
+    "linear-int4-bf16-M16-split", "linear-nf4-bf16-M64", "linear-int4-f32-M16-split", "dense-int4-bf16-M32",
+    "update-adamw-normal", "perturb-bf16-normal", "dequantize-int4-bf16",
+)  # fmt: skip
+
+
+def launches(case: str) -> list[Launch]:
+    with recorded() as found:
+        CASES[case]()
+    return found
+
+
+def faults(case: str, launch: Launch, code: Code, target: str) -> list[str]:
+    """What of the machine code is not as it has to be."""
+    kernel, loop = launch.kernel.__name__, code.k_loop(TENSOR_CORE[target])
+    limit = 512 if target == "gfx942" else 168 if code.threads > 128 else 255
+    multiplies = kernel in ("product_kernel", "dense_kernel", "project_kernel") and "-f32-" not in case
+    byte_codes = "int4" in case or "int8" in case
+    wide = kernel in ("update_kernel", "perturb_kernel") and target != "gfx942"
+    checks = {
+        f"stack of {code.stack} bytes": code.stack > 0,
+        f"{code.local} accesses to local memory": code.local > 0,
+        f"{code.registers} registers of {limit}": code.registers > limit,
+        f"{code.shared} bytes of shared memory": code.shared > SHARED[target] * 1024,
+        f"no {TENSOR_CORE[target]} in a loop": multiplies and not loop,
+        "integers converted to floats in the K loop": kernel == "product_kernel" and byte_codes
+        and any(re.search(r"\bI2F|v_cvt_f32_[iu]", line) for line in loop),
+        "no 16-byte store": wide and not re.search(r"STG\S*\.128", code.text),
+        "no 16-byte load": wide and not re.search(r"LDG\S*\.128", code.text),
+        "fused multiply and add": launch.options.get("enable_fp_fusion", True),
+    }  # fmt: skip
+    return [what for what, wrong in checks.items() if wrong]
+
+
+def depths(code: Code, target: str) -> set[str]:
+    """Depth in k of the tensor-core instructions, where their names tell it: a row's bits may not depend on the tile."""
+    pattern = {"HMMA": r"HMMA\.\d\d8(\d+)", "HGMMA": r"HGMMA\.64x\d+x(\d+)", "v_mfma": r"v_mfma_f32_\d+x\d+x(\d+)"}
+    return set(re.findall(pattern.get(TENSOR_CORE[target], r"$^"), code.text))
+
+
+if __name__ == "__main__":  # python tests/machine_code.py [target ...] > benchmarks/results/machine_code.json
+    table: dict[str, Any] = {"triton": triton.__version__, "cases": {}}
+    for target in sys.argv[1:] or TARGETS:
+        for case in CASES:
+            for launch in launches(case):
+                code = build(launch, target)
+                loop = code.k_loop(TENSOR_CORE[target])
+                row = dict(
+                    registers=code.registers, threads=code.threads, stack=code.stack, local=code.local,
+                    shared=code.shared, depth=sorted(depths(code, target)), lines_of_k_loop=len(loop),
+                    tensor_core_in_k_loop=sum(TENSOR_CORE[target] in line for line in loop),
+                    faults=faults(case, launch, code, target),
+                )  # fmt: skip
+                table["cases"].setdefault(f"{case} {launch.kernel.__name__}", {})[target] = row
+                print(target, case, launch.kernel.__name__, row, file=sys.stderr)
+    print(json.dumps(table, indent=1))

@@ -211,7 +211,7 @@ def low_rank_arguments(
     coeff: Tensor | None, coeff_groups: Tensor | None, projected: Tensor | None, seeds: Tensor | None,
     sigmas: Tensor | None, param_id: Tensor | None, noise: str, groups: int, row_offset: int, cols: int,
 ) -> tuple[tuple, tuple, dict]:  # fmt: skip
-    """What `low_rank` needs, in the order of the kernels: tensors, sizes, constants. Runs `project` where there is A."""
+    """What `low_rank` needs, in the order of the kernels: tensors, sizes, constants. A basis runs `project`."""
     base_coeff, coeff, coeff_groups = host.dense(base_coeff, coeff, coeff_groups)
     seeds, sigmas = host.dense(seeds, sigmas)
     M = rows.shape[0]

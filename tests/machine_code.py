@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from zoact_kernels.formats import expected_shapes
 from zoact_kernels.rng import KINDS
-from zoact_kernels.triton_ops import Triton
+from zoact_kernels.triton_ops import Triton, host
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TARGETS = {f"sm_{cc}": GPUTarget("cuda", cc, 32) for cc in (80, 86, 89, 90, 100, 120)}
@@ -73,16 +73,16 @@ class Code(NamedTuple):
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Kernels launched inside are written down instead."""
+def recorded(hip: bool = False) -> Iterator[list[Launch]]:
+    """Kernels launched inside are written down instead, as they would be for an NVIDIA or an AMD GPU."""
     launches: list[Launch] = []
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
         names = [p.name for p in self.params]
-        options = {k: named.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion") if k in named}
+        options = {k: named.pop(k) for k in list(named) if k not in names}
         launches.append(Launch(self, dict(zip(names, args, strict=False)) | named, options))
 
-    with mock.patch.object(JITFunction, "run", run):
+    with mock.patch.object(JITFunction, "run", run), mock.patch.object(host, "hip", lambda: hip):
         yield launches
 
 
@@ -103,10 +103,21 @@ def _source(launch: Launch) -> ASTSource:
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
+_built: dict[tuple[str, ...], Code] = {}
+
+
 def build(launch: Launch, name: str) -> Code:
-    """The launch compiled for the target `name` of TARGETS."""
+    """The launch compiled for the target `name` of TARGETS; the same launch of another case only once."""
+    source = _source(launch)
+    key = name, source.hash(), str(launch.options)
+    if key not in _built:
+        _built[key] = _build(source, launch.options, name)
+    return _built[key]
+
+
+def _build(source: ASTSource, options: dict[str, Any], name: str) -> Code:
     target = TARGETS[name]
-    compiled = triton.compile(_source(launch), target=target, options=launch.options)
+    compiled = triton.compile(source, target=target, options=options)
     threads, shared = compiled.metadata.num_warps * target.warp_size, compiled.metadata.shared
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
@@ -235,15 +246,22 @@ QUICK = (
 )  # fmt: skip
 
 
-def launches(case: str) -> list[Launch]:
-    with recorded() as found:
+def launches(case: str, target: str) -> list[Launch]:
+    with recorded(TARGETS[target].backend == "hip") as found:
         CASES[case]()
     return found
 
 
+def instruction(kernel: str, target: str) -> str:
+    """The tensor-core instruction of a kernel. The left operand of `project` is 16 or 32 ranks, too few for wgmma."""
+    return "HMMA" if kernel == "project_kernel" and target.startswith("sm") else TENSOR_CORE[target]
+
+
 def faults(case: str, launch: Launch, code: Code, target: str) -> list[str]:
     """What of the machine code is not as it has to be."""
-    kernel, loop = launch.kernel.__name__, code.k_loop(TENSOR_CORE[target])
+    kernel = launch.kernel.__name__
+    core = instruction(kernel, target)
+    loop = code.k_loop(core)
     limit = 512 if target == "gfx942" else 168 if code.threads > 128 else 255
     multiplies = kernel in ("product_kernel", "dense_kernel", "project_kernel") and "-f32-" not in case
     byte_codes = "int4" in case or "int8" in case
@@ -253,7 +271,7 @@ def faults(case: str, launch: Launch, code: Code, target: str) -> list[str]:
         f"{code.local} accesses to local memory": code.local > 0,
         f"{code.registers} registers of {limit}": code.registers > limit,
         f"{code.shared} bytes of shared memory": code.shared > SHARED[target] * 1024,
-        f"no {TENSOR_CORE[target]} in a loop": multiplies and not loop,
+        f"no {core} in a loop": multiplies and not loop,
         "integers converted to floats in the K loop": kernel == "product_kernel" and byte_codes
         and any(re.search(r"\bI2F|v_cvt_f32_[iu]", line) for line in loop),
         "no 16-byte store": wide and not re.search(r"STG\S*\.128", code.text),
@@ -263,23 +281,24 @@ def faults(case: str, launch: Launch, code: Code, target: str) -> list[str]:
     return [what for what, wrong in checks.items() if wrong]
 
 
-def depths(code: Code, target: str) -> set[str]:
-    """Depth in k of the tensor-core instructions, where their names tell it: a row's bits may not depend on the tile."""
-    pattern = {"HMMA": r"HMMA\.\d\d8(\d+)", "HGMMA": r"HGMMA\.64x\d+x(\d+)", "v_mfma": r"v_mfma_f32_\d+x\d+x(\d+)"}
-    return set(re.findall(pattern.get(TENSOR_CORE[target], r"$^"), code.text))
+def depths(code: Code) -> set[str]:
+    """Depths in k of the tensor-core instructions, where their names tell: a row's bits may not depend on the tile."""
+    found = re.findall(r"\bHMMA\.\d\d8(\d+)|HGMMA\.64x\d+x(\d+)|v_mfma_f32_\d+x\d+x(\d+)", code.text)
+    return {depth for each in found for depth in each if depth}
 
 
 if __name__ == "__main__":  # python tests/machine_code.py [target ...] > benchmarks/results/machine_code.json
     table: dict[str, Any] = {"triton": triton.__version__, "cases": {}}
     for target in sys.argv[1:] or TARGETS:
         for case in CASES:
-            for launch in launches(case):
+            for launch in launches(case, target):
                 code = build(launch, target)
-                loop = code.k_loop(TENSOR_CORE[target])
+                core = instruction(launch.kernel.__name__, target)
+                loop = code.k_loop(core)
                 row = dict(
                     registers=code.registers, threads=code.threads, stack=code.stack, local=code.local,
-                    shared=code.shared, depth=sorted(depths(code, target)), lines_of_k_loop=len(loop),
-                    tensor_core_in_k_loop=sum(TENSOR_CORE[target] in line for line in loop),
+                    shared=code.shared, depth=sorted(depths(code)), lines_of_k_loop=len(loop),
+                    tensor_core_in_k_loop=sum(core in line for line in loop),
                     faults=faults(case, launch, code, target),
                 )  # fmt: skip
                 table["cases"].setdefault(f"{case} {launch.kernel.__name__}", {})[target] = row

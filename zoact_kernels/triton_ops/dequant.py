@@ -64,6 +64,22 @@ def dot32(left, right, acc, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def dot32_by(left, right, acc, DTYPE: tl.constexpr):
+    """acc + left . right of an fp32 `left`, finite, and a `right` of DTYPE: law 2.5 as in dot32, nothing rounded.
+
+    A bf16 `right` is one part already, so the three parts of `left`, 24 bits, take three products.
+    """
+    if tl.bfloat16 == DTYPE and not INTERPRETED:
+        high = left.to(tl.bfloat16)
+        rest = left - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(high, right, tl.dot(middle, right, tl.dot(low, right, acc)))
+    else:
+        return dot32(left, right.to(tl.float32), acc, DTYPE)
+
+
+@triton.jit
 def _table(FORMAT: tl.constexpr):
     """The 16 values of a codebook, fp32 [16]."""
     values: tl.constexpr = _NF4 if FORMAT == "nf4" else _FP4

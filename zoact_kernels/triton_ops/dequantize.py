@@ -43,6 +43,6 @@ def dequantize(weight, scale, offset, nested, format, layout, group_size, out_fe
     with torch.cuda.device_of(weight):
         dequantize_kernel[(triton.cdiv(count, BN) * triton.cdiv(K, BK),)](
             out, *stored.tensors, row_start, row_start + count, K, *stored.sizes, *stored.constants, BN, BK,
-            num_warps=4, enable_fp_fusion=False,
+            **host.options(4),
         )  # fmt: skip
     return out

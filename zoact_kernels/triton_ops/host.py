@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,12 +26,26 @@ def hip() -> bool:
     return torch.version.hip is not None
 
 
+def options(warps: int, stages: int = 1) -> dict[str, Any]:
+    """How every kernel is launched: products and sums rounded apart (law 2.1).
+
+    NVIDIA: without a limit ptxas aims at a multiple of 8 registers below what a kernel needs, and spills a few values.
+    AMD: one shape of matrix instruction for tiles of every width, so that a row's bits do not depend on it (law 2.4).
+    """
+    special = dict(matrix_instr_nonkdim=16) if hip() else dict(maxnreg=255 if warps <= 4 else 168)
+    return dict(num_warps=warps, num_stages=stages, enable_fp_fusion=False, **special)
+
+
 class Stored(NamedTuple):
     """A weight as the kernels take it; triton_ops/dequant.py explains the fields."""
 
     tensors: tuple[Tensor | None, ...]  # codes, scale, offset, nested
     sizes: tuple[int, int]  # code_stride, groups
     constants: tuple[str, int, bool]  # FORMAT, SPAN, FLAT
+
+    @property
+    def flat(self) -> bool:
+        return self.constants[2]
 
     @classmethod
     def of(

@@ -44,18 +44,22 @@ def splits(N: int, K: int) -> tuple[int, int]:
     return -(-K // size) if K else 1, max(size, K_STEP)
 
 
-def linear_tile(dtype: torch.dtype, M: int, hip: bool = False) -> Tile:
-    """The tile of zo_linear and zo_dense_linear.
+def linear_tile(dtype: torch.dtype, M: int, flat: bool = False, hip: bool = False) -> Tile:
+    """The tile of zo_linear.
 
     Half precision: 64 rows of the weight are what one warp group multiplies from registers (wgmma), and the weight is
     the left operand on every target, so that M changes the width of an instruction, never its depth. fp32 has no tensor
-    core: its tiles are small because both operands and the sums live in registers.
+    core: its tiles are small because both operands and the sums live in registers. Flat blocks address every element.
     """
     if dtype == torch.float32:
         return Tile(32, 16, 32, 4, 2) if M <= 16 else Tile(64, 32, 32, 4, 2)
     stages = 2 if hip else 3
-    if M <= 16:
-        return Tile(64, 16, 64, 4, stages)
-    if M <= 32:
-        return Tile(64, 32, 64, 4, stages)
-    return Tile(64, 64, 64, 4, stages)
+    return Tile(64, 16 if M <= 16 else 32 if M <= 32 else 64, 32 if flat else 64, 4, stages)
+
+
+def dense_tile(dtype: torch.dtype, M: int, hip: bool = False) -> Tile:
+    """The tile of zo_dense_linear: narrower, since Z and its parts live in registers beside the sums, and those of an
+    fp16 x too."""
+    if dtype == torch.float32:
+        return Tile(32, 16 if M <= 16 else 32, 32, 4, 2)
+    return Tile(64, 16 if M <= 16 or dtype == torch.float16 else 32, 32, 4, 2 if hip else 3)

@@ -4,7 +4,7 @@
 
 One launch. After the pass over W there is one pass over x for each seed: f Z_s is made once for all row groups of the
 tile, its product with x summed apart, and sigma, a number a row, multiplies that sum in fp32. Z is not rounded to the
-dtype of x (dequant.dot32), but where its values, 1 and -1, are exact in it. y is rounded once. K is not split: Z, not
+dtype of x (dequant.dot32_by), but where its values, 1 and -1, are exact in it. y is rounded once. K is not split: Z, not
 the weight's bytes, is the bound. The weight is the left operand, as in zo_linear.py.
 """
 
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import host, tiles
-from .dequant import dot32, operand, weight_tile
+from .dequant import dot32_by, operand, weight_tile
 from .words import kept, noise
 from .zo_linear import multiply, store_rows, x_tile
 
@@ -42,7 +42,7 @@ def dense_kernel(
         for s in range(S):
             seed = tl.load(seeds + s)
             sums = tl.zeros((BN, BM), tl.float32)
-            for k0 in range(0, K, BK):
+            for k0 in tl.range(0, K, BK, num_stages=1):  # Z, not a load, is what takes the time and the registers
                 z = noise(NOISE, seed, tl.load(param_id), row * cols + k0, BK, ALIGN)
                 if MASK == "magnitude" and FORMAT != "none":
                     w = weight_tile(codes, scale, offset, nested, n, k0, N, K, code_stride, groups, FORMAT, SPAN, FLAT,
@@ -59,7 +59,7 @@ def dense_kernel(
                 if NOISE == "rademacher" and noise_scale is None:
                     sums = tl.dot(operand(z, DTYPE), operand(right, DTYPE), sums, input_precision="ieee")
                 else:
-                    sums = dot32(z, right.to(tl.float32), sums, DTYPE)
+                    sums = dot32_by(z, right, sums, DTYPE)
             acc += sums * tl.load(sigmas + group * S + s)[None, :]
     store_rows(y, acc, bias, n, m, M, N)
 
@@ -79,13 +79,13 @@ def zo_dense_linear(x, weight, scale, offset, nested, bias, seeds, sigmas, param
     if not S:
         seeds = sigmas = param_id = noise_scale = mask_value = mask_seed = None
         mask = "none"
-    tile = tiles.linear_tile(x.dtype, M, host.hip())
+    tile = tiles.dense_tile(x.dtype, M, host.hip())
     stored = host.Stored.of(weight, scale, offset, nested, format, group_size, K)
     with torch.cuda.device_of(x):
         dense_kernel[(triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN),)](
             y, rows, *stored.tensors, bias, seeds, sigmas, param_id, noise_scale, mask_value, mask_seed,
             M, N, K, rows.stride(0), *stored.sizes, S, M // groups, row_offset, cols or K, *stored.constants,
             noise if S else "none", mask, tiles.pow2_divisor(cols or K, tile.BK), tile.BN, tile.BM, tile.BK,
-            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
+            **host.options(tile.warps, tile.stages),
         )  # fmt: skip
     return y

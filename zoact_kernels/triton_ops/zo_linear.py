@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import host, tiles
-from .dequant import dot32, operand, rounded, weight_tile
+from .dequant import dot32, dot32_by, operand, rounded, weight_tile
 from .words import noise
 
 
@@ -182,8 +182,7 @@ def project_kernel(
                 k = k0 + tl.arange(0, BK)[None, :]
                 at = basis + (tl.zeros_like(k).to(tl.int64) + g) * K * R + k * R + r[:, None]
                 left = tl.load(at, mask=(k < K) & (r[:, None] < R), other=0)
-                right = x_tile(x, m, k0, M, K, x_stride, BK).to(tl.float32)
-                acc = dot32(left, right, acc, x.dtype.element_ty)
+                acc = dot32_by(left, x_tile(x, m, k0, M, K, x_stride, BK), acc, x.dtype.element_ty)
             own += acc
         total = tl.where(group[None, :] == g, own, total) if PER_GROUP else own
     where = h + (m.to(tl.int64) + tl.program_id(2) * M)[None, :] * R + r[:, None]
@@ -201,7 +200,7 @@ def project(rows: Tensor, basis: Tensor, groups: int) -> tuple[Tensor, int]:
         project_kernel[(triton.cdiv(M, BM), triton.cdiv(R, BR), parts)](
             h, rows, basis, M, K, R, rows.stride(0), M // groups, chunks // parts, tiles.CHUNK,
             basis.dim() == 3, BM, 32, BR,
-            num_warps=4, num_stages=2, enable_fp_fusion=False,
+            **host.options(4, 2),
         )  # fmt: skip
     return h, parts
 
@@ -252,20 +251,30 @@ def zo_linear(x, weight, scale, offset, nested, bias, base_basis, base_coeff, ba
             groups, row_offset, cols,
         )  # fmt: skip
         (bias,) = host.dense(bias)
-        tile = tiles.linear_tile(x.dtype, M, host.hip())
         stored = host.Stored.of(weight, scale, offset, nested, format, group_size, K)
+        tile = tiles.linear_tile(x.dtype, M, stored.flat, host.hip())
         split, size = tiles.splits(N, K) if weight is not None else (1, tiles.K_STEP)
         beside = split > 1 and M <= tile.BM
         grid = triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN)
-        options = dict(num_warps=tile.warps, enable_fp_fusion=False)
         sums = torch.empty((split, M, N), dtype=torch.float32, device=x.device) if beside else y
         product_kernel[(grid, split if beside else 1)](
             sums, rows, *stored.tensors, bias, *tensors, M, N, K, rows.stride(0), *stored.sizes, split, size, *sizes,
             *stored.constants, SPLIT="grid" if beside else "loop" if split > 1 else "one",
-            BN=tile.BN, BM=tile.BM, BK=tile.BK, **constants, num_stages=tile.stages, **options,
+            BN=tile.BN, BM=tile.BM, BK=tile.BK, **constants, **host.options(tile.warps, tile.stages),
         )  # fmt: skip
         if beside:
             finish_kernel[(grid,)](
-                y, sums, bias, *tensors, M, N, split, *sizes, BN=tile.BN, BM=tile.BM, **constants, **options
+                y,
+                sums,
+                bias,
+                *tensors,
+                M,
+                N,
+                split,
+                *sizes,
+                BN=tile.BN,
+                BM=tile.BM,
+                **constants,
+                **host.options(tile.warps),
             )
     return y

@@ -37,15 +37,18 @@ def store_rounded(
 def perturb_kernel(
     w, seeds, weights, param_id, noise_scale, mask_value, mask_seed, rounding_seed,
     rows, width, stride, S, row_offset, total, chunks,
-    NOISE: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    NOISE: tl.constexpr, MASK: tl.constexpr, VECTORS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """`chunks` runs cover a row of `width` elements wherever in a run of 128 it begins."""
+    """`chunks` runs cover a row of `width` elements wherever in a run of 128 it begins. VECTORS: every row of w and of
+    noise_scale starts on 16 bytes, and its address e is a multiple of 8."""
     DTYPE: tl.constexpr = w.dtype.element_ty
     run = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row = run // chunks
     e_row = (row_offset + row) * total
     first = ((e_row >> 7) + run % chunks) << 7
-    start = first - e_row
+    start, at_w, at_scale = first - e_row, row * stride, row * width
+    if VECTORS:
+        start, at_w, at_scale = tl.multiple_of(start, 8), tl.multiple_of(at_w, 8), tl.multiple_of(at_scale, 8)
     j = start[:, None] + tl.arange(0, COLS)[None, :]
     inside = (j >= 0) & (j < width) & (row < rows)[:, None]
 
@@ -53,8 +56,8 @@ def perturb_kernel(
     for s in range(S):
         g = g + tl.load(weights + s) * noise(NOISE, tl.load(seeds + s), tl.load(param_id), first, COLS, COLS)
     if noise_scale is not None:
-        g = g * tl.load(noise_scale + row[:, None] * width + j, mask=inside, other=0)
-    where = w + row[:, None] * stride + j
+        g = g * tl.load(noise_scale + at_scale[:, None] + j, mask=inside, other=0)
+    where = w + at_w[:, None] + j
     clean = tl.load(where, mask=inside, other=0).to(tl.float32)
     moved = clean + g
     if MASK == "magnitude":
@@ -113,23 +116,24 @@ def zo_perturb_(w, seeds, weights, param_id, basis=None, noise_scale=None, mask_
     target = w if w.stride(1) == 1 or w.shape[1] == 1 else w.contiguous()
     seeds, weights, basis, noise_scale = host.dense(seeds, weights, basis, noise_scale)
     (rows, width), stride, S = w.shape, target.stride(0), seeds.numel()
-    options = dict(num_warps=4, enable_fp_fusion=False)
     with torch.cuda.device_of(w):
         if basis is None:
             total = cols or width
             if (stride == width or rows == 1) and total == width:  # one row of everything, whose first e is the same
                 rows, width, stride, row_offset, total = 1, rows * width, rows * width, row_offset * width, 1
+            vectors = stride % 8 == width % 8 == (row_offset * total if rows == 1 else total) % 8 == 0
             chunks = triton.cdiv(width + 127, COLS)
             perturb_kernel[(triton.cdiv(rows * chunks, ROWS),)](
                 target, seeds, weights, param_id, noise_scale, mask_value, mask_seed, rounding_seed,
-                rows, width, stride, S, row_offset, total, chunks, noise, mask, ROWS, COLS, **options,
+                rows, width, stride, S, row_offset, total, chunks, noise, mask, vectors, ROWS, COLS, **host.options(4),
             )  # fmt: skip
         else:
             R = basis.shape[1]
             total = cols or R
             perturb_basis_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(width, COLS),)](
                 target, seeds, weights, param_id, basis, rounding_seed, rows, width, stride, S, R, row_offset, total,
-                noise, tiles.pow2_divisor(total, 4), tiles.pow2_divisor(width, COLS), ROWS, COLS, **options,
+                noise, tiles.pow2_divisor(total, 4), tiles.pow2_divisor(width, COLS), ROWS, COLS,
+                **host.options(4),
             )  # fmt: skip
     if target is not w:
         w.copy_(target)

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import host
 from .words import noise
 
 ROWS, COLS = 8, 128  # elements of a program
@@ -21,11 +22,21 @@ FIELDS = tl.constexpr(6)  # of a layer in the table: addresses of C, m, v; eleme
 
 
 @triton.jit
+def elements(entry, i, VECTORS: tl.constexpr):
+    """Pointers to the fp32 elements i [ROWS, COLS] of the tensor whose address stands in the table."""
+    where = tl.load(entry).to(tl.pointer_type(tl.float32)) + i
+    if VECTORS:
+        where = tl.multiple_of(where, (4, 16))  # bytes
+    return where
+
+
+@triton.jit
 def update_kernel(
     layer_of_block, table, param_ids, seeds, weights, hyper, skip, S, layer_stride,
     RULE: tl.constexpr, NOISE: tl.constexpr, VECTORS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """weights [S] (layer_stride 0) or [L, S]. VECTORS: every C, m, v and first element is aligned to 16 bytes."""
+    """weights [S] (layer_stride 0) or [L, S]. VECTORS: every C, m, v lies on 16 bytes, its e0 and its number of
+    elements are multiples of 4."""
     if tl.load(skip).to(tl.int32) == 0:
         layer = tl.load(layer_of_block + tl.program_id(0)).to(tl.int64)
         entry = table + layer * FIELDS
@@ -34,7 +45,7 @@ def update_kernel(
         first = ((e0 >> 7) << 7) + (block * ROWS + tl.arange(0, ROWS)) * COLS
         start = first - e0
         if VECTORS:
-            start = tl.multiple_of(start, 4)
+            start, count = tl.multiple_of(start, 4), tl.multiple_of(count, 4)
         i = start[:, None] + tl.arange(0, COLS)[None, :]
         inside = (i >= 0) & (i < count)
 
@@ -43,11 +54,7 @@ def update_kernel(
             z = noise(NOISE, tl.load(seeds + s), tl.load(param_ids + layer), first, COLS, COLS)
             g = g + tl.load(weights + layer * layer_stride + s) * z
 
-        at = tl.load(entry)
-        m_at, v_at = tl.load(entry + 1), tl.load(entry + 2)
-        if VECTORS:
-            at, m_at, v_at = tl.multiple_of(at, 16), tl.multiple_of(m_at, 16), tl.multiple_of(v_at, 16)
-        c_where = at.to(tl.pointer_type(tl.float32)) + i
+        c_where = elements(entry, i, VECTORS)
         c = tl.load(c_where, mask=inside, other=0)
         lr, beta1, beta2, eps = tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2), tl.load(hyper + 3)
         weight_decay, correction1, correction2 = tl.load(hyper + 4), tl.load(hyper + 5), tl.load(hyper + 6)
@@ -58,13 +65,13 @@ def update_kernel(
         if RULE == "sgd":
             c = c - lr * g
         else:
-            m_where = m_at.to(tl.pointer_type(tl.float32)) + i
+            m_where = elements(entry + 1, i, VECTORS)
             m = tl.load(m_where, mask=inside, other=0)
             if RULE == "momentum":
                 m = beta1 * m + g
                 c = c - lr * m
             else:
-                v_where = v_at.to(tl.pointer_type(tl.float32)) + i
+                v_where = elements(entry + 2, i, VECTORS)
                 v = tl.load(v_where, mask=inside, other=0)
                 m = beta1 * m + (1.0 - beta1) * g
                 v = beta2 * v + (1.0 - beta2) * g * g
@@ -101,10 +108,10 @@ def zo_update_(coeffs, exp_avgs, exp_avg_sqs, param_ids, seeds, weights, hyper, 
     blocks, table = _table(tuple(layers), coeffs[0].device)
     if not blocks.numel():
         return
-    vectors = all(c % 16 == m % 16 == v % 16 == 0 and e0 % 4 == 0 for c, m, v, _, e0 in layers)
+    vectors = all(c % 16 == m % 16 == v % 16 == count % 4 == e0 % 4 == 0 for c, m, v, count, e0 in layers)
     with torch.cuda.device_of(coeffs[0]):
         update_kernel[(blocks.numel(),)](
             blocks, table, param_ids, seeds, weights, hyper, skip, seeds.numel(),
             seeds.numel() if weights.dim() == 2 else 0, rule, noise, vectors, ROWS, COLS,
-            num_warps=8, enable_fp_fusion=False,
+            **host.options(8),
         )  # fmt: skip

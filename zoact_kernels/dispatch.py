@@ -16,7 +16,7 @@ import torch
 
 from . import reference
 from .cpu_ops import Cpu
-from .triton_ops import Triton
+from .triton_ops import Panel, Triton
 
 
 class Problem(NamedTuple):
@@ -74,7 +74,7 @@ class Reference:
         return flops, 4.0 * (5 * p.N * p.K + p.M * (p.N + p.K) + 40.0 * p.seeds * p.N * max(p.rank, 1))
 
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (Triton(), Cpu(), Reference())
+IMPLEMENTATIONS: tuple[Implementation, ...] = (Triton(), Panel(), Cpu(), Reference())
 
 # (flop/s, bytes/s) that turn a modelled cost into seconds: one core of the machine in benchmarks/results, and the half
 # precision and memory speed of an A100's data sheet. Only ratios between implementations on one device matter.

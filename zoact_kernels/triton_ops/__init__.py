@@ -39,6 +39,22 @@ def _missing() -> str | None:
     return None
 
 
+# What it takes to dequantise a weight, in flops of the tensor cores: some four instructions at a fifteenth of the rate.
+DEQUANTIZE = 64.0
+
+
+def _packed(p: Problem) -> bool:
+    return p.format not in ("dense", "none")
+
+
+def _cost(p: Problem) -> tuple[float, float]:
+    """(flops, bytes), each operand counted once."""
+    bits = {"dense": 8 * p.code_dtype.itemsize, "int8": 9, "int4": 5, "nf4": 5, "fp4": 5, "none": 0}[p.format]
+    flops = 2.0 * p.M * p.N * p.K + 2.0 * p.M * (p.rank + p.base_rank) * (p.N + p.K)
+    moved = bits / 8 * p.N * p.K + p.dtype.itemsize * p.M * (p.N + p.K) + 4.0 * p.rank * (p.N + p.K)
+    return flops, moved
+
+
 class Triton:
     """triton_ops behind the schema; arguments are checked before they get here."""
 
@@ -62,12 +78,10 @@ class Triton:
         return None
 
     def cost(self, problem: Problem) -> tuple[float, float]:
-        """(flops, bytes), each operand counted once."""
+        """(flops, bytes), each operand counted once, and D(W) once for every 64 rows of x."""
         p = problem
-        bits = {"dense": 8 * p.code_dtype.itemsize, "int8": 9, "int4": 5, "nf4": 5, "fp4": 5, "none": 0}[p.format]
-        flops = 2.0 * p.M * p.N * p.K + 2.0 * p.M * (p.rank + p.base_rank) * (p.N + p.K)
-        moved = bits / 8 * p.N * p.K + p.dtype.itemsize * p.M * (p.N + p.K) + 4.0 * p.rank * (p.N + p.K)
-        return flops, moved
+        flops, moved = _cost(p)
+        return flops + DEQUANTIZE * _packed(p) * -(-p.M // 64) * p.N * p.K, moved
 
     def zo_linear(self, *args, **named):
         from .zo_linear import zo_linear
@@ -93,3 +107,34 @@ class Triton:
         from .zo_perturb import zo_perturb_
 
         zo_perturb_(*args, **named)
+
+
+class Panel:
+    """triton_ops/panel.py: for many rows, dequantise a panel once and let the vendor multiply."""
+
+    name = "panel"
+    batch_invariant = False  # the vendor's GEMM depends on M
+
+    def refusal(self, problem: Problem) -> str | None:
+        p = problem
+        if (reason := Triton().refusal(p)) is not None:
+            return reason
+        if p.op != "zo_linear" or p.format == "none":
+            return f"{p.op} without a weight has no panel" if p.op == "zo_linear" else f"{p.op} has no panel"
+        if p.device == "cuda" and "dtype" not in torch.ops.aten.mm.overloads():
+            return f"torch {torch.__version__} has no product of half precision with fp32 sums (mm with out_dtype)"
+        return None
+
+    def cost(self, problem: Problem) -> tuple[float, float]:
+        """(flops, bytes): D(W) written and read, and the fp32 sums."""
+        p = problem
+        flops, moved = _cost(p)
+        return (
+            flops + DEQUANTIZE * _packed(p) * p.N * p.K,
+            moved + 2.0 * p.dtype.itemsize * p.N * p.K + 8.0 * p.M * p.N,
+        )
+
+    def zo_linear(self, *args, **named):
+        from .panel import zo_linear
+
+        return zo_linear(*args, **named)

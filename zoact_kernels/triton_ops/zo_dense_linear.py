@@ -4,8 +4,8 @@
 
 One launch. After the pass over W there is one pass over x for each seed: f Z_s is made once for all row groups of the
 tile, its product with x summed apart, and sigma, a number a row, multiplies that sum in fp32. Z is not rounded to the
-dtype of x (dequant.dot32_by), but where its values, 1 and -1, are exact in it. y is rounded once. K is not split: Z, not
-the weight's bytes, is the bound. The weight is the left operand, as in zo_linear.py.
+dtype of x (dequant.dot32_by), but where its values, 1 and -1, are exact in it. y is rounded once. K is not split: Z,
+not the weight's bytes, is the bound. The weight is the left operand, as in zo_linear.py.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def dense_kernel(
                 else:
                     sums = dot32_by(z, right, sums, DTYPE)
             acc += sums * tl.load(sigmas + group * S + s)[None, :]
-    store_rows(y, acc, bias, n, m, M, N)
+    store_rows(y, acc, bias, n, m, M, N, N)
 
 
 def zo_dense_linear(x, weight, scale, offset, nested, bias, seeds, sigmas, param_id, noise_scale, mask_value,

@@ -99,11 +99,11 @@ def low_rank(
 
 
 @triton.jit
-def store_rows(y, acc, bias, n, m, M, N):
-    """y[m, n] = acc[n, m] + bias[n], rounded once."""
+def store_rows(y, acc, bias, n, m, M, N, stride):
+    """y[m, n] = acc[n, m] + bias[n], rounded once; rows of y are `stride` apart."""
     if bias is not None:
         acc += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[:, None]
-    where = y + m.to(tl.int64)[None, :] * N + n[:, None]
+    where = y + m.to(tl.int64)[None, :] * stride + n[:, None]
     tl.store(where, rounded(acc, y.dtype.element_ty), mask=(m[None, :] < M) & (n[:, None] < N))
 
 
@@ -135,31 +135,32 @@ def product_kernel(
             acc = multiply(x, codes, scale, offset, nested, n, m, first, tl.minimum(first + split_size, K),
                            M, N, K, x_stride, code_stride, groups, FORMAT, SPAN, FLAT, BN, BM, BK)  # fmt: skip
     if SPLIT == "grid":
-        store_rows(y + tl.program_id(1).to(tl.int64) * M * N, acc, None, n, m, M, N)
+        store_rows(y + tl.program_id(1).to(tl.int64) * M * N, acc, None, n, m, M, N, N)
     else:
         acc = low_rank(acc, n, m, h0, coeff0, h, coeff, coeff_groups, seeds, sigmas, param_id, M, N, parts0, R0, parts,
                        R, S, group_rows, row_offset, cols, NOISE, ALIGN, y.dtype.element_ty, BN, BM, BR)  # fmt: skip
-        store_rows(y, acc, bias, n, m, M, N)
+        store_rows(y, acc, bias, n, m, M, N, N)
 
 
 @triton.jit
 def finish_kernel(
     y, partial, bias, h0, coeff0, h, coeff, coeff_groups, seeds, sigmas, param_id,
-    M, N, split, parts0, R0, parts, R, S, group_rows, row_offset, cols,
+    M, N, first, width, split, parts0, R0, parts, R, S, group_rows, row_offset, cols,
     NOISE: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """y from the partial sums [split, M, N], in the order of the splits."""
+    """y[:, first : first + width] from the partial sums [split, M, width], in the order of the splits."""
     tiles_m = tl.cdiv(M, BM)
     pid = tl.program_id(0)
-    n = pid // tiles_m * BN + tl.arange(0, BN)
+    j = pid // tiles_m * BN + tl.arange(0, BN)
+    n = first + j
     m = pid % tiles_m * BM + tl.arange(0, BM)
     acc = tl.zeros((BN, BM), tl.float32)
     for i in range(split):
-        where = partial + (m.to(tl.int64) + i * M)[None, :] * N + n[:, None]
-        acc += tl.load(where, mask=(m[None, :] < M) & (n[:, None] < N), other=0)
+        where = partial + (m.to(tl.int64) + i * M)[None, :] * width + j[:, None]
+        acc += tl.load(where, mask=(m[None, :] < M) & (j[:, None] < width), other=0)
     acc = low_rank(acc, n, m, h0, coeff0, h, coeff, coeff_groups, seeds, sigmas, param_id, M, N, parts0, R0, parts, R,
                    S, group_rows, row_offset, cols, NOISE, ALIGN, y.dtype.element_ty, BN, BM, BR)  # fmt: skip
-    store_rows(y, acc, bias, n, m, M, N)
+    store_rows(y, acc, bias, n, m, M, first + width, N)
 
 
 @triton.jit
@@ -235,6 +236,16 @@ def low_rank_arguments(
     return tensors, (parts0, R0, parts, R, S, max(M // groups, 1), row_offset, cols or max(R, 1)), constants
 
 
+def finish(y: Tensor, sums: Tensor, bias: Tensor | None, tensors: tuple, sizes: tuple, constants: dict, first: int):
+    """y[..., first : first + width] from partial sums [splits, M, width]; the rest is what low_rank_arguments gives."""
+    split, M, width = sums.shape
+    BM = 16 if M <= 16 else 32
+    finish_kernel[(triton.cdiv(M, BM) * triton.cdiv(width, 64),)](
+        y, sums, bias, *tensors, M, y.shape[-1], first, width, split, *sizes, BN=64, BM=BM, **constants,
+        **host.options(4),
+    )  # fmt: skip
+
+
 def zo_linear(x, weight, scale, offset, nested, bias, base_basis, base_coeff, basis, coeff, coeff_groups, projected,
               seeds, sigmas, param_id, format, layout, group_size, out_features, noise="normal", groups=1,
               row_offset=0, cols=0):  # fmt: skip
@@ -263,18 +274,5 @@ def zo_linear(x, weight, scale, offset, nested, bias, base_basis, base_coeff, ba
             BN=tile.BN, BM=tile.BM, BK=tile.BK, **constants, **host.options(tile.warps, tile.stages),
         )  # fmt: skip
         if beside:
-            finish_kernel[(grid,)](
-                y,
-                sums,
-                bias,
-                *tensors,
-                M,
-                N,
-                split,
-                *sizes,
-                BN=tile.BN,
-                BM=tile.BM,
-                **constants,
-                **host.options(tile.warps),
-            )
+            finish(y, sums, bias, tensors, sizes, constants, 0)
     return y

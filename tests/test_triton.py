@@ -25,7 +25,7 @@ FILES = sorted(path.stem for path in (HERE / "interpreted").glob("*.py"))
 
 def interpreted(stem: str, marks: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", marks, "-p", "no:cacheprovider", "--tb=short"]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    kept = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
     run = subprocess.run(
         [*command, str(HERE / "interpreted" / f"{stem}.py")], env=kept | {"TRITON_INTERPRET": "1"}, cwd=HERE.parent,
         text=True, capture_output=True,

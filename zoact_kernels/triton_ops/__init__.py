@@ -7,6 +7,7 @@ launcher, tiles.py the rules that pick a tile. Tests run the kernels on the CPU,
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import sys
 from typing import TYPE_CHECKING
@@ -17,13 +18,14 @@ if TYPE_CHECKING:
     from ..dispatch import Problem
 
 _ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST_TRITON = (3, 6)
 OLDEST = (8, 0)  # Triton has no tensor-core products before: they become scalar FMAs that spill
 
 
 def interpreted() -> bool:
     """Whether Triton, if anybody imported it, runs kernels on the CPU: TRITON_INTERPRET=1, which tests set."""
-    triton = sys.modules.get("triton")
-    return triton is not None and bool(triton.knobs.runtime.interpret)
+    knobs = getattr(sys.modules.get("triton"), "knobs", None)
+    return knobs is not None and bool(knobs.runtime.interpret)
 
 
 @functools.cache
@@ -33,6 +35,9 @@ def _missing() -> str | None:
         return "Triton is not installed: pip install 'zoact_kernels[triton]'"
     if not torch.cuda.is_available():
         return "torch finds no CUDA or ROCm device"
+    version = importlib.import_module("triton").__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"Triton {version} is older than {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}"
     capability = torch.cuda.get_device_capability()
     if torch.version.hip is None and capability < OLDEST:
         return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST[0]}.{OLDEST[1]}"

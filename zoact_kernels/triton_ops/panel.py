@@ -1,9 +1,9 @@
 """zo_linear for many rows: D(W) once into a panel of some rows of W, then the vendor's GEMM, then `finish_kernel`.
 
 x [M, K], W [N, K], y [M, N] as in zo_linear.py. The panel has the dtype of x, the GEMM gives fp32 sums, to which the
-low-rank term and the bias are added before the one rounding. A panel has 64 rows of W or more, as long as it stays below
-PANEL bytes and its sums below SUMS. Bound by the products. The vendor picks its kernel by M, so a row's bits depend on
-how many there are.
+low-rank term and the bias are added before the one rounding. A panel has 64 rows of W, or more as long as it stays
+below PANEL bytes and its sums below SUMS. Bound by the products. The vendor picks its kernel by M, so a row's bits
+depend on how many there are.
 """
 
 from __future__ import annotations

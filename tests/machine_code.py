@@ -60,7 +60,7 @@ class Code(NamedTuple):
     text: str
 
     def k_loop(self, instruction: str) -> list[str]:
-        """The shortest loop that holds `instruction`, its lines; [] if none does. A loop ends in a branch back."""
+        """The first innermost loop that holds `instruction`; [] if none does. A loop ends in a branch back."""
         lines = self.text.splitlines()
         labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"(\.L\w+):", line.strip()))}
         loops = []
@@ -68,8 +68,10 @@ class Code(NamedTuple):
             back = re.search(r"(?:\bBRA\b|\bs_c?branch\w*\b).*?(\.L\w+)", line)
             start = labels.get(back[1], end) if back else end
             if start < end and any(instruction in text for text in lines[start:end]):
-                loops.append(lines[start:end])
-        return min(loops, key=len, default=[])
+                loops.append((start, end))
+        inner = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
+        first, last = min(inner, default=(0, 0))
+        return lines[first:last]
 
 
 @contextlib.contextmanager
@@ -125,8 +127,9 @@ def _build(source: ASTSource, options: dict[str, Any], name: str) -> Code:
         def field(key: str) -> int:
             return int(re.search(rf"\.{key}:\s*(\d+)", text)[1])  # type: ignore[index]
 
-        spilled = field("vgpr_spill_count") + field("sgpr_spill_count")
-        return Code(field("vgpr_count"), threads, field("private_segment_fixed_size"), spilled, shared, text)
+        # Scalar registers spill into lanes of vector registers, not into memory.
+        stack, spilled = field("private_segment_fixed_size"), field("vgpr_spill_count")
+        return Code(field("vgpr_count"), threads, stack, spilled, shared, text)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
@@ -265,6 +268,7 @@ def faults(case: str, launch: Launch, code: Code, target: str) -> list[str]:
     limit = 512 if target == "gfx942" else 168 if code.threads > 128 else 255
     multiplies = kernel in ("product_kernel", "dense_kernel", "project_kernel") and "-f32-" not in case
     byte_codes = "int4" in case or "int8" in case
+    packed = byte_codes or "nf4" in case or "fp4" in case
     wide = kernel in ("update_kernel", "perturb_kernel") and target != "gfx942"
     checks = {
         f"stack of {code.stack} bytes": code.stack > 0,
@@ -274,6 +278,8 @@ def faults(case: str, launch: Launch, code: Code, target: str) -> list[str]:
         f"no {core} in a loop": multiplies and not loop,
         "integers converted to floats in the K loop": kernel == "product_kernel" and byte_codes
         and any(re.search(r"\bI2F|v_cvt_f32_[iu]", line) for line in loop),
+        "the weight is no register operand of wgmma": kernel == "product_kernel" and core == "HGMMA" and packed
+        and multiplies and not any(re.search(r"HGMMA\S* R\d+, R\d+, gdesc", line) for line in loop),
         "no 16-byte store": wide and not re.search(r"STG\S*\.128", code.text),
         "no 16-byte load": wide and not re.search(r"LDG\S*\.128", code.text),
         "fused multiply and add": launch.options.get("enable_fp_fusion", True),

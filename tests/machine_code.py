@@ -266,7 +266,7 @@ def faults(case: str, launch: Launch, code: Code, target: str) -> list[str]:
     core = instruction(kernel, target)
     loop = code.k_loop(core)
     limit = 512 if target == "gfx942" else 168 if code.threads > 128 else 255
-    multiplies = kernel in ("product_kernel", "dense_kernel", "project_kernel") and "-f32-" not in case
+    multiplies = kernel in ("product_kernel", "dense_kernel", "project_kernel") and "-f32-M" not in case
     byte_codes = "int4" in case or "int8" in case
     packed = byte_codes or "nf4" in case or "fp4" in case
     wide = kernel in ("update_kernel", "perturb_kernel") and target != "gfx942"

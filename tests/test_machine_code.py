@@ -60,7 +60,7 @@ def test_tensor_cores_multiply_at_one_depth(target: str) -> None:
     sm_100 the name of the instruction does not tell.
     """
     depths = {row: found["depth"] for (row, t), found in ROWS.items() if t == target and row.endswith("product_kernel")}
-    assert all(depth in ([], ["4" if "-f32-" in row else "16"]) for row, depth in depths.items())
+    assert all(depth in ([], ["4" if "-f32-M" in row else "16"]) for row, depth in depths.items())
     assert any(depths.values()) or target == "sm_100"
 
 

@@ -22,7 +22,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(if $(STRICT),-
 export OMP_WAIT_POLICY ?= passive
 export ZOACT_BUILD_CPU ?= $(if $(STRICT),1,auto)
 
-.PHONY: setup build test soak check format demo bench bench-peers clean
+.PHONY: setup build test soak sanitize check format demo bench bench-peers clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -33,6 +33,12 @@ test: $(BUILT)
 
 soak: $(BUILT)
 	$(PYTEST) -m "" $(ARGS)
+
+# The kernel calls of these tests again, without Python, under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(BUILT)
+	rm -rf build/sanitize
+	$(PYTEST) --quiet tests/test_dequantize.py tests/test_zo_*.py --dump-calls build/sanitize $(ARGS)
+	$(BIN)/python tests/sanitize.py build/sanitize $(WORKERS)
 
 check: $(READY)
 	$(BIN)/ruff check

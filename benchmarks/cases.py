@@ -26,12 +26,14 @@ ROWS = (1, 2, 8, 32, 128, 512, 2048)
 FORMATS = ("int4", "nf4", "int8", "dense")
 RANKS = (0, 1, 8, 64)
 GROUPS = (1, 2, 8)
+LAYERS = 210  # of the model that zo_update_ updates in one call: those of SmolLM2-135M
 
 
 @dataclass(frozen=True)
 class Case:
-    """One timed call of zo_linear: M rows in all, in `groups` row groups, over a [N, K] weight.
+    """One timed call of an op: M rows in all, in `groups` row groups, over a [N, K] weight.
 
+    zo_perturb_ and dequantize have no rows (M = 0); zo_update_ takes LAYERS coefficients [N, rank] with Adam's moments.
     residency: "cache", one weight called again and again; "rotating", a ring of weights of at least 300 MB, so that
     each call reads its weight from memory.
     """
@@ -44,6 +46,8 @@ class Case:
     groups: int = 2
     residency: str = "cache"
     threads: int = 1
+    op: str = "zo_linear"
+    device: str = "cpu"
 
     @property
     def N(self) -> int:
@@ -55,7 +59,7 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """Multiply-adds of the base product, of h = x A and of h (C + sigma Z)^T, times two."""
+        """Multiply-adds of the base product, of h = x A and of h (C + sigma Z)^T, times two; 0 without rows."""
         return 2.0 * self.M * (self.N * self.K + self.rank * (self.K + 2 * self.N))
 
     @property
@@ -67,14 +71,20 @@ class Case:
 
     @property
     def bytes(self) -> float:
-        """Packed weight, x, y, A and C, once each."""
+        """Packed weight, x, y, A and C, once each; what an op without rows reads and writes."""
+        if self.op == "zo_update_":
+            return 6.0 * 4 * LAYERS * self.N * self.rank
+        if self.op == "zo_perturb_":
+            return 2.0 * self.packed_bytes
+        if self.op == "dequantize":
+            return self.packed_bytes + 4.0 * self.N * self.K
         return self.packed_bytes + 4.0 * (self.M * (self.N + self.K) + self.rank * (self.N + self.K))
 
     def __str__(self) -> str:
-        return (
-            f"{self.shape} {self.format} M={self.M} R={self.rank} G={self.groups} {self.residency}"
-            f"{'' if self.threads == 1 else f' threads={self.threads}'}"
-        )
+        op = "" if self.op == "zo_linear" else f"{self.op} "
+        rows = f" M={self.M} R={self.rank} G={self.groups}" if self.M else f" R={self.rank}" if self.rank else ""
+        threads = "" if self.threads == 1 else f" threads={self.threads}"
+        return f"{op}{self.shape} {self.format}{rows} {self.residency}{threads}"
 
 
 def full() -> Iterator[Case]:
@@ -84,6 +94,34 @@ def full() -> Iterator[Case]:
             yield Case(shape, M, format, rank=rank, groups=groups)
             if M <= 8:
                 yield Case(shape, M, format, rank=rank, groups=groups, residency="rotating")
+
+
+def table() -> Iterator[Case]:
+    """A cover of `full`: every pair of values of any two columns occurs in some case, the largest products left out."""
+    cases = [case for case in full() if case.flops < 3e10]
+    columns = ("shape", "M", "format", "rank", "groups", "residency")
+    pairs = {
+        case: [(a, b, getattr(case, a), getattr(case, b)) for a, b in itertools.combinations(columns, 2)]
+        for case in cases
+    }
+    missing = set(itertools.chain.from_iterable(pairs.values()))
+    while missing:
+        case = max(cases, key=lambda case: sum(pair in missing for pair in pairs[case]))
+        missing.difference_update(pairs[case])
+        yield case
+
+
+def updates() -> Iterator[Case]:
+    """The ops beside zo_linear: dense noise, in-place noise, the update of a whole model, decoding."""
+    for M in (2, 32, 512):
+        yield Case(IDEAL, M, "dense", rank=0, op="zo_dense_linear")
+    yield Case(IDEAL, 32, "int4", rank=0, op="zo_dense_linear")
+    for shape in (IDEAL, "smollm2-135m.up_proj"):
+        yield Case(shape, 0, "dense", rank=0, op="zo_perturb_")
+        for format in ("int4", "nf4"):
+            yield Case(shape, 0, format, rank=0, op="dequantize")
+    for rank in (1, 8):
+        yield Case("smollm2-135m.up_proj", 0, "dense", rank=rank, op="zo_update_")
 
 
 def targets() -> Iterator[Case]:
@@ -96,6 +134,7 @@ def targets() -> Iterator[Case]:
             yield Case(IDEAL, M, "int4", rank=8, groups=groups, residency="rotating")
             yield Case(IDEAL, M, "int4", rank=0, groups=1, residency="rotating")
         yield Case(IDEAL, M, "nf4", rank=0, groups=1)
+    yield from updates()
 
 
 def smoke() -> Iterator[Case]:
@@ -105,6 +144,10 @@ def smoke() -> Iterator[Case]:
     yield Case("smollm2-135m.down_proj", 8, "nf4")
     yield Case("awkward.prime", 8, "int8")
     yield Case("awkward.thin", 2, "dense")
+    yield Case("smollm2-135m.k_proj", 4, "dense", rank=0, op="zo_dense_linear")
+    yield Case("smollm2-135m.k_proj", 0, "dense", rank=0, op="zo_perturb_")
+    yield Case("smollm2-135m.k_proj", 0, "nf4", rank=0, op="dequantize")
+    yield Case("smollm2-135m.k_proj", 0, "dense", rank=1, op="zo_update_")
 
 
 def quick() -> Iterator[Case]:
@@ -121,4 +164,12 @@ def scaling() -> Iterator[Case]:
             yield Case(IDEAL, M, "int4", rank=8, groups=2, threads=threads)
 
 
-PROFILES = {"smoke": smoke, "quick": quick, "targets": targets, "scaling": scaling, "full": full}
+PROFILES = {
+    "smoke": smoke,
+    "quick": quick,
+    "targets": targets,
+    "updates": updates,
+    "scaling": scaling,
+    "table": table,
+    "full": full,
+}

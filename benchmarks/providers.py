@@ -1,8 +1,8 @@
-"""Who is timed: our op, PyTorch written as a competent user would, and the peers, each with the ZO side path in torch.
+"""Who is timed at zo_linear: our op, PyTorch as a competent user would write it, and the peers + ZO side path in torch.
 
 A provider is a function (case, data) -> call(i) -> y [M, N], where i picks a weight of the ring; it raises Unsupported
-with the reason where it can't serve a case. Peers are installed only for benchmarking (benchmarks/README section of the
-project's README); calls that need scales keep them in fp32, so all read the same weight.
+with the reason where it can't serve a case. Peers are installed only for benchmarking (`make bench-peers`), serve the
+CPU, and keep scales in fp32 where they can, so all read the same weight. The other ops: updates.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .cases import Case
 
 PARAM_ID = 1234
 SIGMA = 1e-3
-Call = Callable[[int], Tensor]
+Call = Callable[[int], Any]
 
 
 class Unsupported(Exception):
@@ -46,8 +46,8 @@ def make_data(case: Case, ring_bytes: float = 3e8) -> Data:
     """Random operands; codes are drawn, not quantised, since only their time matters."""
     generator = torch.Generator().manual_seed(0)
     count = 1 if case.residency == "cache" else int(ring_bytes / case.packed_bytes) + 1
-    ring = [_weight(case, generator) for _ in range(count)]
-    x = torch.randn(case.M, case.K, generator=generator) + 3
+    ring = [_weight(case, generator).to(case.device) for _ in range(count)]
+    x = (torch.randn(case.M, case.K, generator=generator) + 3).to(case.device)
     if not case.rank:
         return Data(x, ring, None, None, None, None)
     pairs = max(1, case.groups // 2)
@@ -57,10 +57,10 @@ def make_data(case: Case, ring_bytes: float = 3e8) -> Data:
     return Data(
         x,
         ring,
-        torch.linalg.qr(torch.randn(case.K, case.rank, generator=generator))[0].contiguous(),
-        torch.randn(case.N, case.rank, generator=generator) * 1e-2,
-        torch.arange(pairs) + 7,
-        sigmas,
+        torch.linalg.qr(torch.randn(case.K, case.rank, generator=generator))[0].contiguous().to(case.device),
+        (torch.randn(case.N, case.rank, generator=generator) * 1e-2).to(case.device),
+        (torch.arange(pairs) + 7).to(case.device),
+        sigmas.to(case.device),
     )
 
 
@@ -77,18 +77,21 @@ def _weight(case: Case, generator: torch.Generator) -> PackedWeight:
     return PackedWeight(case.format, "row", size, N, K, codes, scale / (4 if case.format == "int4" else 1))
 
 
+Provider = Callable[[Case, Data], Call]
+
 # Our op ---------------------------------------------------------------------------------------------------------------
 
 
 def zoact(case: Case, data: Data) -> Call:
-    ring = [w.to_layout("cpu") for w in data.ring]
-    param_id = torch.tensor([PARAM_ID])
+    layout = "cpu" if case.device == "cpu" else "row"
+    ring = [w.to_layout(layout) for w in data.ring]
+    param_id = torch.tensor([PARAM_ID], device=case.device)
 
     def call(i: int) -> Tensor:
         w = ring[i]
         return ops.zo_linear(
             data.x, w.weight, w.scale, w.offset, None, None, None, None, data.basis, data.coeff, None, None, data.seeds,
-            data.sigmas, param_id if data.seeds is not None else None, case.format, "cpu", w.group_size, case.N,
+            data.sigmas, param_id if data.seeds is not None else None, case.format, layout, w.group_size, case.N,
             "normal", case.groups,
         )  # fmt: skip
 
@@ -102,17 +105,17 @@ def side_path(case: Case, data: Data) -> Callable[[Tensor], Tensor]:
     """y += (x A) C^T for all rows, then sigma (x_g A) Z^T per group: one torch.randn a seed, two skinny products."""
     if data.basis is None:
         return lambda y: y
-    basis, coeff, sigmas = data.basis, data.coeff, data.sigmas
+    basis, coeff, sigmas = data.basis, data.coeff, data.sigmas.tolist()
     size = case.M // case.groups
 
     def add(y: Tensor) -> Tensor:
         h = data.x @ basis
         y = y.addmm_(h, coeff.T)
-        for s in range(sigmas.shape[1]):
-            z = data.noise[s] if data.noise else torch.randn(case.N, case.rank)
+        for s in range(len(sigmas[0])):
+            z = data.noise[s] if data.noise else torch.randn(case.N, case.rank, device=case.device)
             for g in (2 * s, 2 * s + 1):
                 if g < case.groups:
-                    y[g * size : (g + 1) * size].addmm_(h[g * size : (g + 1) * size], z.T, alpha=float(sigmas[g, s]))
+                    y[g * size : (g + 1) * size].addmm_(h[g * size : (g + 1) * size], z.T, alpha=sigmas[g][s])
         return y
 
     return add
@@ -127,15 +130,15 @@ def _dequantise(case: Case, w: PackedWeight) -> Tensor:
         codes = w.weight.float()
     else:
         pairs = torch.stack((w.weight & 15, w.weight >> 4), dim=-1).view(N, -1)[:, :K]
-        codes = _table(case.format)[pairs.int()] if case.format != "int4" else pairs.float() - 8
+        codes = _table(case.format, case.device)[pairs.int()] if case.format != "int4" else pairs.float() - 8
     if K % size:
         return codes * w.scale.repeat_interleave(size, dim=1)[:, :K]
     return (codes.view(N, -1, size) * w.scale.unsqueeze(-1)).view(N, K)
 
 
 @functools.cache
-def _table(format: str) -> Tensor:
-    return torch.tensor(FORMATS[format].table)
+def _table(format: str, device: str) -> Tensor:
+    return torch.tensor(FORMATS[format].table, device=device)
 
 
 def torch_unfused(case: Case, data: Data) -> Call:
@@ -147,6 +150,7 @@ def torch_unfused(case: Case, data: Data) -> Call:
 def torch_compiled(case: Case, data: Data) -> Call:
     """The same, dequantisation and product under torch.compile."""
     add = side_path(case, data)
+    torch._dynamo.reset()  # else the ninth case hits the recompile limit and runs eagerly
     product = torch.compile(lambda x, w, s: x @ _dequantise(case, _Stored(w, s)).T, dynamic=False)
     return lambda i: add(product(data.x, data.ring[i].weight, data.ring[i].scale))
 
@@ -159,6 +163,8 @@ class _Stored:
 
 def torch_dense(case: Case, data: Data) -> Call:
     """Resident fp32 weights, no dequantisation, the side path: what a user without memory limits has."""
+    if case.format == "dense":
+        raise Unsupported("torch unfused is that here")
     if case.residency == "rotating" and case.N * case.K * 4 * len(data.ring) > 4e9:
         raise Unsupported("the ring in fp32 is larger than 4 GB")
     ring = [w.dequantize(torch.float32) for w in data.ring]
@@ -179,6 +185,8 @@ def _needs(library: str) -> Any:
 
 
 def _whole_groups(case: Case, *formats: str) -> None:
+    if case.device != "cpu":
+        raise Unsupported("called on the CPU only")
     if case.format not in formats:
         raise Unsupported(f"{case.format} is not among {', '.join(formats)}")
     if case.K % case.group_size:
@@ -297,7 +305,7 @@ def ark(case: Case, data: Data) -> Call:
     )
 
 
-PROVIDERS: dict[str, Callable[[Case, Data], Call]] = {
+PROVIDERS: dict[str, Provider] = {
     "zoact": zoact,
     "torch unfused": torch_unfused,
     "torch compiled": torch_compiled,
@@ -316,9 +324,11 @@ EXACT_PEERS = ("openvino", "onnxruntime", "ark")
 def gate(case: Case, data: Data, call: Call) -> float:
     """Largest error of a provider against float64, relative to the largest output; its noise replaced by ours."""
     if data.seeds is not None:
-        data.noise = [rng.noise("normal", int(seed), PARAM_ID, case.N, case.rank) for seed in data.seeds]
+        data.noise = [
+            rng.noise("normal", int(seed), PARAM_ID, case.N, case.rank).to(case.device) for seed in data.seeds
+        ]
     w = data.ring[0].dequantize(torch.float64)
-    rows = torch.arange(case.M) if case.M <= 64 else torch.arange(0, case.M, case.M // 64)
+    rows = torch.arange(0, case.M, max(1, case.M // 64), device=case.device)
     x = data.x[rows].double()
     want = x @ w.T
     if data.basis is not None and data.coeff is not None and data.sigmas is not None and data.noise is not None:

@@ -1,9 +1,9 @@
-"""Measure a profile of the case table: `python -m benchmarks.run [--profile smoke|quick|targets|scaling|full]`.
+"""Measure a profile of the case table: `zoact bench`, or `python -m benchmarks.run`.
 
 Each case passes a correctness gate, then all providers that serve it are timed interleaved. Results are appended as
 JSON lines, one a (case, provider), so an interrupted run keeps what it measured: {case…, provider, status, relerr,
-seconds: {p20, p50, p80}, ratio to ours round by round, gflops, gbytes, roof shares, load}. The first line of a run
-describes the machine and its measured roof.
+seconds: {p20, p50, p80}, ratio to ours round by round, peak bytes of a call, gflops, gbytes, roof shares, load}. The
+first line of a run describes the machine and its measured roof.
 """
 
 from __future__ import annotations
@@ -12,20 +12,24 @@ import argparse
 import json
 import os
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
 
+from . import providers, updates
 from .cases import PROFILES, Case
-from .providers import OURS, PROVIDERS, Unsupported, gate, make_data
-from .timing import Times, interleaved, machine, ratio, roof
+from .providers import OURS, Unsupported, make_data
+from .timing import Times, interleaved, machine, peak_bytes, ratio, roof
 
 RESULTS = Path(__file__).with_name("results")
 GATE = {"aten int4 bf16": 3e-2}  # relative error that a provider may show; the exact ones 1e-4
 EXACT = 1e-4
+PROVIDERS = {"zo_linear": providers.PROVIDERS, **updates.PROVIDERS}
+GATES = {"zo_linear": providers.gate, **updates.GATES}
 
 
 def measure(case: Case, names: list[str], limits: dict[str, float]) -> list[dict[str, Any]]:
@@ -36,12 +40,12 @@ def measure(case: Case, names: list[str], limits: dict[str, float]) -> list[dict
     rows: dict[str, dict[str, Any]] = {}
     calls = {}
     with torch.inference_mode():
-        for name in names:
+        for name in (name for name in names if name in PROVIDERS[case.op]):
             row: dict[str, Any] = {**asdict(case), "N": case.N, "K": case.K, "provider": name}
             rows[name] = row
             try:
-                call = PROVIDERS[name](case, data)
-                row["relerr"] = gate(case, data, call)
+                call = PROVIDERS[case.op][name](case, data)
+                row["relerr"] = GATES[case.op](case, data, call)
             except Unsupported as reason:
                 row.update(status="unsupported", note=str(reason))
                 continue
@@ -50,7 +54,8 @@ def measure(case: Case, names: list[str], limits: dict[str, float]) -> list[dict
                 continue
             row["status"] = "ok"
             calls[name] = call
-        times = interleaved(calls, len(data.ring), case.threads)
+            row["peak_bytes"] = peak_bytes(call, case.device)
+        times = interleaved(calls, len(data.ring), case.threads, case.device)
     load = os.getloadavg()[0]
     for name, taken in times.items():
         rows[name].update(_figures(case, taken, times.get(OURS), limits), load=round(load, 2))
@@ -68,28 +73,33 @@ def _figures(case: Case, taken: Times, ours: Times | None, limits: dict[str, flo
         over = ratio(taken, ours)
         figures["over_ours"] = {"p20": over.quantile(0.2), "p50": over.median, "p80": over.quantile(0.8)}
     if limits and case.threads == 1:
-        bandwidth = limits["memory_bandwidth" if case.residency == "rotating" else "cache_bandwidth"]
+        resident = case.residency == "cache" and case.bytes < 2.5e7  # the probe's 4 MB and the weights of most layers
+        bandwidth = limits["cache_bandwidth" if resident else "memory_bandwidth"]
         figures["flops_share"] = case.flops / seconds / limits["flops"]
         figures["bandwidth_share"] = case.bytes / seconds / bandwidth
     return figures
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    everyone = list(providers.PROVIDERS)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", choices=sorted(PROFILES), default="quick")
-    parser.add_argument("--providers", default=",".join(PROVIDERS), help="comma-separated, of " + ", ".join(PROVIDERS))
+    parser.add_argument("--providers", default=",".join(everyone), help="comma-separated, of " + ", ".join(everyone))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="JSON lines to append to; default benchmarks/results/<profile>.jsonl")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: torch sees no CUDA device here")
     names = options.providers.split(",")
-    if unknown := [name for name in names if name not in PROVIDERS]:
-        parser.error(f"--providers: {unknown[0]!r} is not one of {', '.join(PROVIDERS)}")
+    if unknown := [name for name in names if name not in everyone]:
+        parser.error(f"--providers: {unknown[0]!r} is not one of {', '.join(everyone)}")
     names = [OURS, *(name for name in names if name != OURS)]
     out = options.out or RESULTS / f"{options.profile}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    limits = roof()
+    limits = roof(options.device)
     run = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    cases = list(PROFILES[options.profile]())
+    cases = [replace(case, device=options.device) for case in PROFILES[options.profile]()]
     with out.open("a") as file:
         file.write(json.dumps({"run": run, "profile": options.profile, "machine": machine(), "roof": limits}) + "\n")
         for case in track(cases, description=f"{len(cases)} cases"):

@@ -9,6 +9,7 @@ import shutil
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from zoact_kernels import memory
 
 SAMPLE_SECONDS = 0.01  # a sample repeats its call until it lasts this long: the clock's grain is far below
 ROUNDS = 15
@@ -37,15 +40,39 @@ class Times:
         return statistics.median(self.samples)
 
 
+def clock_of(device: str, threads: int) -> Callable[[], float]:
+    """A clock in seconds.
+
+    CPU time for one thread, since a neighbour's load then hardly shows, wall-clock time for more; on a GPU the time of
+    an event recorded now, after all work before it.
+    """
+    if device == "cpu":
+        return time.process_time if threads == 1 else time.perf_counter
+    start = torch.cuda.Event(enable_timing=True)
+    start.record()
+
+    def now() -> float:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        event.synchronize()
+        return start.elapsed_time(event) / 1e3
+
+    return now
+
+
 def interleaved(
-    calls: Mapping[str, Callable[[int], Any]], ring: int, threads: int, rounds: int = ROUNDS
+    calls: Mapping[str, Callable[[int], Any]],
+    ring: int,
+    threads: int,
+    device: str = "cpu",
+    rounds: int = ROUNDS,
+    budget: float = BUDGET_SECONDS,
 ) -> dict[str, Times]:
     """Time the calls in turn, A B C A B C …, so that drift of the machine meets all of them.
 
-    One thread is timed in CPU time, since a neighbour's load then hardly shows; more threads in wall-clock time. The
-    index that a call gets walks around a ring of that size.
+    The index that a call gets walks around a ring of that size.
     """
-    clock = time.process_time if threads == 1 else time.perf_counter
+    clock = clock_of(device, threads)
     repeats = {}
     for name, call in calls.items():
         for i in range(min(ring, 3)):
@@ -54,7 +81,7 @@ def interleaved(
         call(0)
         once = max(clock() - start, 1e-6)
         repeats[name] = max(1, min(1000, round(SAMPLE_SECONDS / once)))
-        rounds = max(3, min(rounds, int(BUDGET_SECONDS / (repeats[name] * once))))
+        rounds = max(3, min(rounds, int(budget / (repeats[name] * once))))
     position = dict.fromkeys(calls, 0)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -74,8 +101,44 @@ def ratio(a: Times, b: Times) -> Times:
     return Times(tuple(x / y for x, y in zip(a.samples, b.samples, strict=True)))
 
 
-def roof() -> dict[str, float]:
-    """Measured limits of one core here: flop/s, bytes/s from cache (4 MB) and from memory (512 MB); {} without g++."""
+def peak_bytes(call: Callable[[int], Any], device: str) -> int | None:
+    """Of one call above what is held before it, its result included; None where it can't be measured.
+
+    On the CPU in a thread of its own, so that workspace which a thread keeps from call to call counts.
+    """
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call(0)
+        return torch.cuda.max_memory_allocated() - before
+
+    @torch.inference_mode()
+    def alone() -> None:
+        call(0)
+
+    thread = threading.Thread(target=alone)
+    with memory.peak_memory() as peak:
+        thread.start()
+        thread.join()
+    return peak.bytes
+
+
+def roof(device: str = "cpu") -> dict[str, float]:
+    """Measured limits: flop/s and bytes/s.
+
+    CPU: of one core, by fp32 fma, from cache (4 MB) and from memory (512 MB); {} without g++. GPU: by a large fp16
+    matrix product and a large copy.
+    """
+    if device != "cpu":
+        a = torch.randn(8192, 8192, device=device, dtype=torch.float16)
+        big = torch.empty(1 << 28, device=device)
+        taken = interleaved({"product": lambda i: a @ a, "copy": lambda i: big.clone()}, 1, 1, device)
+        bandwidth = 8.0 * big.numel() / taken["copy"].quantile(0)
+        return {
+            "flops": 2.0 * 8192**3 / taken["product"].quantile(0),
+            "cache_bandwidth": bandwidth,
+            "memory_bandwidth": bandwidth,
+        }
     compiler = shutil.which("g++")
     if compiler is None:
         return {}
@@ -122,6 +185,7 @@ def machine() -> dict[str, Any]:
     packages = ("torch", "bitsandbytes", "onnxruntime", "openvino", "auto-round-lib")
     return {
         "cpu": cpu,
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "cores": os.cpu_count(),
         "flags": [flag for flag in wanted if flag in flags],
         "python": platform.python_version(),

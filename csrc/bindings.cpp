@@ -1,63 +1,29 @@
 // The pybind11 module zoact_kernels._C: raw pointers and sizes in, error strings out, no logic.
 //
-// Every function takes the name of an ISA and then the fields of its struct in kernels.h, flat and in order; pointers
-// are ints (0 = null), enums are ints (their values: `ENUMS`). zoact_kernels/_C.pyi names the arguments. Reading them
-// with a cursor instead of 40 typed parameters keeps one definition of the order: the struct.
+// Every function takes the name of an ISA and then the fields of its struct in kernels.h, flat and in order (calls.h);
+// pointers are ints (0 = null), enums are ints (their values: `ENUMS`). zoact_kernels/_C.pyi names the arguments.
+// Reading them with a cursor instead of 40 typed parameters keeps one definition of the order.
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <string>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "cpu/calls.h"
 
 namespace py = pybind11;
 
 namespace {
 
-struct Isa {
-  const char* name;
-  bool (*runs)();  // on this CPU and its operating system
-  decltype(&zo_base::zo_linear) zo_linear;
-  decltype(&zo_base::zo_dense_linear) zo_dense_linear;
-  decltype(&zo_base::zo_update) zo_update;
-  decltype(&zo_base::zo_perturb) zo_perturb;
-  decltype(&zo_base::dequantize) dequantize;
-  decltype(&zo_base::noise_run) noise_run;
-};
-
-#define ZO_KERNELS(isa)                                                                      \
-  zo_##isa::zo_linear, zo_##isa::zo_dense_linear, zo_##isa::zo_update, zo_##isa::zo_perturb, \
-      zo_##isa::dequantize, zo_##isa::noise_run
-
-[[maybe_unused]] bool runs_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
-}
-
-// What was compiled, best first; setup.py defines ZO_HAS_<ISA> for each instruction set its compiler knows.
-const Isa kIsas[] = {
-#ifdef ZO_HAS_AVX512VNNI
-    {"avx512vnni", [] { return runs_avx512() && __builtin_cpu_supports("avx512vnni"); }, ZO_KERNELS(avx512vnni)},
-#endif
-#ifdef ZO_HAS_AVX512
-    {"avx512", runs_avx512, ZO_KERNELS(avx512)},
-#endif
-#ifdef ZO_HAS_AVX2
-    // F16C came with the generation before AVX2, and Clang 14 cannot ask for it by name.
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, ZO_KERNELS(avx2)},
-#endif
-    {"base", [] { return true; }, ZO_KERNELS(base)},
-};
-
 py::tuple runnable() {
   py::list names;
-  for (const Isa& isa : kIsas)
+  for (const zo::Isa& isa : zo::isas)
     if (isa.runs()) names.append(isa.name);
   return py::tuple(names);
 }
 
-const Isa& find(const std::string& name) {
-  for (const Isa& isa : kIsas) {
+const zo::Isa& find(const std::string& name) {
+  for (const zo::Isa& isa : zo::isas) {
     if (name != isa.name) continue;
     static const py::tuple* names = new py::tuple(runnable());  // asked once; never freed, like the module
     if (names->contains(name)) return isa;
@@ -73,7 +39,7 @@ class Arguments {
  public:
   explicit Arguments(const py::args& values) : values_(values.ptr()), count_(PyTuple_GET_SIZE(values.ptr())) {}
 
-  const Isa& isa() {
+  const zo::Isa& isa() {
     PyObject* name = next();
     if (!PyUnicode_Check(name)) refuse();
     return find(py::cast<std::string>(py::handle(name)));
@@ -84,16 +50,19 @@ class Arguments {
     (read(fields), ...);
   }
 
-  // Sequence of pointers or integers; null for an empty one where the struct says so.
   template <class Item>
-  std::vector<Item> items() {
+  int64_t items(const Item*& field) {
     PyObject* sequence = next();
     if (!PyList_Check(sequence) && !PyTuple_Check(sequence)) refuse();
     const Py_ssize_t size = PySequence_Fast_GET_SIZE(sequence);
-    std::vector<Item> out(size);
-    for (Py_ssize_t i = 0; i < size; ++i) convert(PySequence_Fast_GET_ITEM(sequence, i), out[i]);
-    return out;
+    const auto list = std::make_shared<std::vector<Item>>(size);
+    for (Py_ssize_t i = 0; i < size; ++i) convert(PySequence_Fast_GET_ITEM(sequence, i), (*list)[i]);
+    lists_.push_back(list);
+    field = size ? list->data() : nullptr;
+    return size;
   }
+
+  [[noreturn]] void fail(const char* message) const { throw std::runtime_error(message); }
 
   void done() const {
     if (index_ != count_) wrong_count();
@@ -154,99 +123,27 @@ class Arguments {
 
   PyObject* values_;
   Py_ssize_t count_, index_ = 0;
+  std::vector<std::shared_ptr<void>> lists_;
 };
 
-void read(Arguments& in, zo::Weight& w) {
-  in.into(w.codes, w.scale, w.offset, w.nested, w.format, w.layout, w.code_dtype, w.scale_dtype, w.N, w.K, w.group_size,
-          w.flat);
-}
-
-void read(Arguments& in, zo::Direction& z) {
-  in.into(z.seeds, z.sigmas, z.S, z.G, z.noise, z.param_id, z.row_offset, z.cols);
-}
-
-template <class Problem>
-void run(const char* (*kernel)(const Problem&), const Problem& problem) {
+template <class Problem, const char* (*zo::Isa::*kernel)(const Problem&)>
+void run(const py::args& args) {
+  Arguments in(args);
+  const zo::Isa& isa = in.isa();
+  Problem p{};
+  zo::read(in, p);
+  in.done();
   const char* message;
   {
     py::gil_scoped_release release;
-    message = kernel(problem);
+    message = (isa.*kernel)(p);
   }
   if (message) throw std::runtime_error(message);
 }
 
-void zo_linear(const py::args& args) {
-  Arguments in(args);
-  const Isa& isa = in.isa();
-  zo::ZoLinear p{};
-  in.into(p.x, p.y, p.dtype, p.M, p.x_stride);
-  read(in, p.w);
-  in.into(p.bias, p.bias_dtype, p.base_basis, p.base_coeff, p.base_rank, p.basis, p.basis_per_group, p.coeff,
-          p.coeff_groups, p.projected, p.R);
-  read(in, p.z);
-  in.into(p.G, p.threads);
-  in.done();
-  run(isa.zo_linear, p);
-}
-
-void zo_dense_linear(const py::args& args) {
-  Arguments in(args);
-  const Isa& isa = in.isa();
-  zo::ZoDenseLinear p{};
-  in.into(p.x, p.y, p.dtype, p.M, p.x_stride);
-  read(in, p.w);
-  in.into(p.bias, p.bias_dtype);
-  read(in, p.z);
-  in.into(p.on_scale, p.mask, p.mask_value, p.mask_seed, p.noise_scale, p.G, p.threads);
-  in.done();
-  run(isa.zo_dense_linear, p);
-}
-
-void zo_update(const py::args& args) {
-  Arguments in(args);
-  const Isa& isa = in.isa();
-  zo::ZoUpdate p{};
-  const auto coeffs = in.items<float*>(), exp_avgs = in.items<float*>(), exp_avg_sqs = in.items<float*>();
-  const auto rows = in.items<int64_t>(), cols = in.items<int64_t>(), row_offsets = in.items<int64_t>();
-  const auto fits = [&](size_t size, bool may_be_empty) { return size == coeffs.size() || (may_be_empty && !size); };
-  if (!fits(exp_avgs.size(), true) || !fits(exp_avg_sqs.size(), true) || !fits(rows.size(), false) ||
-      !fits(cols.size(), false) || !fits(row_offsets.size(), false))
-    throw std::runtime_error("coeffs, exp_avgs, exp_avg_sqs, rows, cols, row_offsets must have one item per layer");
-  p.layers = static_cast<int64_t>(coeffs.size());
-  p.coeffs = coeffs.data();
-  p.exp_avgs = exp_avgs.empty() ? nullptr : exp_avgs.data();
-  p.exp_avg_sqs = exp_avg_sqs.empty() ? nullptr : exp_avg_sqs.data();
-  p.rows = rows.data();
-  p.cols = cols.data();
-  p.row_offsets = row_offsets.data();
-  in.into(p.param_ids, p.seeds, p.weights, p.S, p.weights_per_layer, p.noise, p.rule, p.hyper, p.threads);
-  in.done();
-  run(isa.zo_update, p);
-}
-
-void zo_perturb(const py::args& args) {
-  Arguments in(args);
-  const Isa& isa = in.isa();
-  zo::ZoPerturb p{};
-  in.into(p.w, p.dtype, p.N, p.C, p.w_stride, p.seeds, p.weights, p.S, p.noise, p.param_id, p.row_offset, p.cols,
-          p.basis, p.R, p.mask, p.mask_value, p.mask_seed, p.noise_scale, p.has_rounding, p.rounding_seed, p.threads);
-  in.done();
-  run(isa.zo_perturb, p);
-}
-
-void dequantize(const py::args& args) {
-  Arguments in(args);
-  const Isa& isa = in.isa();
-  zo::Dequantize p{};
-  read(in, p.w);
-  in.into(p.row_start, p.rows, p.out, p.dtype, p.threads);
-  in.done();
-  run(isa.dequantize, p);
-}
-
 void noise_run(const py::args& args) {
   Arguments in(args);
-  const Isa& isa = in.isa();
+  const zo::Isa& isa = in.isa();
   float* out;
   int64_t seed, count;
   uint32_t param_id;
@@ -282,10 +179,10 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled CPU kernels of zoact_kernels; arguments are named in zoact_kernels/_C.pyi.";
   m.attr("ENUMS") = enums();
   m.def("isas", &runnable, "Instruction sets this CPU can run, best first.");
-  m.def("zo_linear", &zo_linear);
-  m.def("zo_dense_linear", &zo_dense_linear);
-  m.def("zo_update", &zo_update);
-  m.def("zo_perturb", &zo_perturb);
-  m.def("dequantize", &dequantize);
+  m.def("zo_linear", &run<zo::ZoLinear, &zo::Isa::zo_linear>);
+  m.def("zo_dense_linear", &run<zo::ZoDenseLinear, &zo::Isa::zo_dense_linear>);
+  m.def("zo_update", &run<zo::ZoUpdate, &zo::Isa::zo_update>);
+  m.def("zo_perturb", &run<zo::ZoPerturb, &zo::Isa::zo_perturb>);
+  m.def("dequantize", &run<zo::Dequantize, &zo::Isa::dequantize>);
   m.def("noise_run", &noise_run);
 }

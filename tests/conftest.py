@@ -25,6 +25,16 @@ THREADS = min(1 if "PYTEST_XDIST_WORKER" in os.environ else 2, os.cpu_count() or
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--strict-prerequisites", action="store_true", help="a skipped test is a failed test")
+    parser.addoption("--dump-calls", metavar="DIR", help="write the kernel calls of the tests there (`make sanitize`)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if folder := config.getoption("--dump-calls"):
+        from dump_calls import CallDump, native
+
+        if native.module() is None:
+            raise pytest.UsageError(f"--dump-calls: {native.why_missing()}")
+        config.pluginmanager.register(CallDump(Path(folder)))
 
 
 @pytest.fixture(scope="session")

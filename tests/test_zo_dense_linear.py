@@ -132,7 +132,7 @@ def test_zo_dense_linear_row_does_not_depend_on_groups(isa: str, G: int, rows: i
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("M", [2, 700])
 def test_zo_dense_linear_threads(isa: str, M: int) -> None:
-    arguments = example(M, 520 if M < 100 else 70, 1600, G=2)  # enough work for more than one thread
+    arguments = example(M, 800 if M < 100 else 70, 1600, G=2)  # enough work for more than one thread
     torch.set_num_threads(1)
     y = run(isa, **arguments)
     for threads in (2, 3):

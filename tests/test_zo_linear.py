@@ -160,7 +160,7 @@ def test_zo_linear_row_does_not_depend_on_groups(isa: str, G: int) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("M", [1, 5, 24, 700])
 def test_zo_linear_threads(isa: str, M: int) -> None:
-    arguments = example(M, 520 if M < 100 else 130, 1600, R=5)  # enough work for more than one thread
+    arguments = example(M, 1100 if M < 100 else 130, 1600, R=5)  # enough work for more than one thread
     torch.set_num_threads(1)
     y = run(isa, **arguments)
     for threads in (2, 3):

@@ -1,4 +1,4 @@
-"""`zoact`: finetune, replay, explain, export, demo. Thin: options in, text out; everything else is in the rooms above.
+"""`zoact`: finetune, replay, explain, export, bench, demo. Thin: options in, text out; the rest is in the rooms above.
 
 Errors that a user can mend are one line and exit code 2; `--debug` anywhere shows the traceback.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
 import sys
 import warnings
 from collections import Counter
@@ -313,6 +315,40 @@ def explain(
         console.print("no implementation declines any layer")
     for name, reason in loaded.report.skipped.items():
         console.print(f"{name}: left as it is: {reason}", markup=False)
+
+
+@app.command()
+def bench(
+    what: Annotated[
+        str, typer.Argument(help="kernels, step (of the demo model) or report (of all results)")
+    ] = "kernels",
+    profile: Annotated[str, _option("kernels: smoke, quick, targets, updates, scaling, table or full")] = "quick",
+    providers: Annotated[str, _option("kernels: only these, comma-separated")] = "",
+    device: Annotated[str, _option("kernels: cpu or cuda")] = "cpu",
+    threads: Annotated[int, _option("step: CPU threads")] = 1,
+    out: Annotated[Path | None, _option("results file to append to (default: in benchmarks/results)")] = None,
+) -> None:
+    """Time the kernels beside other libraries, or a whole step beside other methods (needs the repository)."""
+    modules = {"kernels": "run", "step": "step", "report": "report"}
+    if what not in modules:
+        raise ValueError(f"`what` is {what!r}; allowed are {', '.join(modules)}")
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "run.py").is_file():
+        raise ValueError(
+            "the benchmarks are in the repository, not in the installed package: clone it, then `make bench`"
+        )
+    given: dict[str, Any] = {"out": out.absolute() if out else None}
+    if what == "kernels":
+        given |= {"profile": profile, "providers": providers or None, "device": device}
+    elif what == "step":
+        given |= {"threads": threads}
+    else:
+        given = {}
+    options = [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
+    # One thread each unless a case says more: spinning workers of a library would count as everybody's CPU time.
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    command = [sys.executable, "-m", f"benchmarks.{modules[what]}", *options]
+    raise typer.Exit(subprocess.run(command, cwd=root, env=environment).returncode)
 
 
 @app.command()

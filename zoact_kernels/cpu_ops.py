@@ -134,7 +134,7 @@ class Cpu:
         )
         rank = projected.shape[-1] if projected is not None else basis.shape[-1] if basis is not None else 0
         native.module().zo_linear(
-            self.isa(), rows.data_ptr(), y.data_ptr(), _dtype(x.dtype), rows.shape[0], rows.stride(0),
+            self.isa(), _ptr(rows), _ptr(y), _dtype(x.dtype), rows.shape[0], rows.stride(0),
             *_stored(weight, scale, offset, nested, format, layout, group_size, out_features, K),
             _ptr(bias), 0 if bias is None else _dtype(bias.dtype),
             _ptr(base_basis), _ptr(base_coeff), 0 if base_basis is None else base_basis.shape[-1],
@@ -151,7 +151,7 @@ class Cpu:
         y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
         bias, seeds, sigmas, noise_scale = _dense(bias, seeds, sigmas, noise_scale)
         native.module().zo_dense_linear(
-            self.isa(), rows.data_ptr(), y.data_ptr(), _dtype(x.dtype), rows.shape[0], rows.stride(0),
+            self.isa(), _ptr(rows), _ptr(y), _dtype(x.dtype), rows.shape[0], rows.stride(0),
             *_stored(weight, scale, offset, nested, format, layout, group_size, out_features, K),
             _ptr(bias), 0 if bias is None else _dtype(bias.dtype),
             *_direction(seeds, sigmas, noise, param_id, row_offset, cols or K, groups), noise_on == "scale",
@@ -166,10 +166,10 @@ class Cpu:
             return
         seeds, weights, param_ids, hyper = _dense(seeds, weights, param_ids, hyper)
         native.module().zo_update(
-            self.isa(), [c.data_ptr() for c in coeffs], [m.data_ptr() for m in exp_avgs],
-            [v.data_ptr() for v in exp_avg_sqs], [c.shape[0] for c in coeffs], [c.shape[1] for c in coeffs],
-            list(row_offsets) or [0] * len(coeffs), param_ids.data_ptr(), seeds.data_ptr(), weights.data_ptr(),
-            seeds.numel(), weights.dim() == 2, _enum("Noise", noise), _enum("Rule", rule), hyper.data_ptr(),
+            self.isa(), [_ptr(c) for c in coeffs], [_ptr(m) for m in exp_avgs],
+            [_ptr(v) for v in exp_avg_sqs], [c.shape[0] for c in coeffs], [c.shape[1] for c in coeffs],
+            list(row_offsets) or [0] * len(coeffs), _ptr(param_ids), _ptr(seeds), _ptr(weights),
+            seeds.numel(), weights.dim() == 2, _enum("Noise", noise), _enum("Rule", rule), _ptr(hyper),
             native.threads(),
         )  # fmt: skip
 
@@ -179,8 +179,8 @@ class Cpu:
         rank = 0 if basis is None else basis.shape[1]
         seeds, weights, basis, noise_scale = _dense(seeds, weights, basis, noise_scale)
         native.module().zo_perturb(
-            self.isa(), target.data_ptr(), _dtype(w.dtype), w.shape[0], w.shape[1], target.stride(0),
-            seeds.data_ptr(), weights.data_ptr(), seeds.numel(), _enum("Noise", noise), int(param_id) & 0xFFFFFFFF,
+            self.isa(), _ptr(target), _dtype(w.dtype), w.shape[0], w.shape[1], target.stride(0),
+            _ptr(seeds), _ptr(weights), seeds.numel(), _enum("Noise", noise), int(param_id) & 0xFFFFFFFF,
             row_offset, cols or rank or w.shape[1], _ptr(basis), rank, _enum("Mask", mask),
             0.0 if mask_value is None else float(mask_value), 0 if mask_seed is None else int(mask_seed),
             _ptr(noise_scale), rounding_seed is not None, 0 if rounding_seed is None else int(rounding_seed),
@@ -195,6 +195,6 @@ class Cpu:
         out = torch.empty((count, in_features), dtype=dtype)
         native.module().dequantize(
             self.isa(), *_stored(weight, scale, offset, nested, format, layout, group_size, out_features, in_features),
-            row_start, count, out.data_ptr(), _dtype(dtype), native.threads(),
+            row_start, count, _ptr(out), _dtype(dtype), native.threads(),
         )  # fmt: skip
         return out

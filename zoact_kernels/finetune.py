@@ -303,7 +303,7 @@ def compare_costs(optimizer: ZOAct, batch: Batch, repeats: int = 9) -> Costs:
     optimizer.floor_every = 0  # it would run the step twice
 
     def forward() -> None:
-        with _without_side_path(model):
+        with without_side_path(model):
             group_losses(model, batch, groups)
 
     def step() -> None:
@@ -332,7 +332,7 @@ def compare_costs(optimizer: ZOAct, batch: Batch, repeats: int = 9) -> Costs:
 
 
 @contextlib.contextmanager
-def _without_side_path(model: nn.Module) -> Iterator[None]:
+def without_side_path(model: nn.Module) -> Iterator[None]:
     """Layers as rank 0 would run them: packed weight and bias alone."""
     bases = {layer: layer.basis for layer in zo_layers(model).values()}
     try:

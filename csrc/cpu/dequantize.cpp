@@ -9,7 +9,7 @@ const char* dequantize(const zo::Dequantize& p) {
   const Weight& w = p.w;
   if (p.rows == 0 || w.K == 0) return nullptr;
   const int64_t first = p.row_start / BLOCK, blocks = zo::ceil_div(p.row_start + p.rows, BLOCK) - first;
-  [[maybe_unused]] const int threads = p.rows * w.K < 200000 ? 1 : p.threads;  // about 100 us
+  [[maybe_unused]] const int threads = is_short(p.rows * w.K, 200000) ? 1 : p.threads;
 
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t b = 0; b < blocks; b++) {

@@ -69,33 +69,37 @@ ZO_INLINE void store_digits(VI x, int8_t* out) {
   _mm512_mask_storeu_epi32(out, 0x0fff, _mm512_permutexvar_epi32(digits, _mm512_shuffle_epi8(sorted, bytes)));
 }
 
-ZO_INLINE void digits_of(const float* x, int64_t depth, int8_t* out, DigitRow& row) {  // x filled up with zeros to W
+// `depth` x of a row as digits, and what else belongs to them.
+template <class T>
+ZO_INLINE void digits_of(const T* x, int64_t depth, int8_t* out, DigitRow& row) {
   const int64_t pieces = zo::ceil_div(depth, PIECE);
+  VF values[DEPTH / W];
   VU largest = {};
-  for (int64_t i = 0; i < pieces; i++)
-    largest = (VU)_mm512_max_epu32((__m512i)largest, (__m512i)(float_to_bits(load(x + i * W)) & 0x7fffffffu));
+  for (int64_t i = 0; i < pieces; i++) {
+    values[i] = depth - i * W >= W ? load(x + i * W) : load(x + i * W, depth - i * W);
+    largest = (VU)_mm512_max_epu32((__m512i)largest, (__m512i)(float_to_bits(values[i]) & 0x7fffffffu));
+  }
   const uint32_t bits = _mm512_reduce_max_epu32((__m512i)largest);
   VI total = {};
   if (bits >= 0x7f800000u) {
     row.scale = __builtin_inff() * (bits > 0x7f800000u ? 0 : 1);
     for (int64_t i = 0; i < pieces; i++) {
-      const VU b = float_to_bits(load(x + i * W));
+      const VU b = float_to_bits(values[i]);
       const VI sign = (VI)((b & 0x7fffffffu) == 0x7f800000u) & ((VI)(b >> 31) * -2 + 1);
       total += sign;
       store_digits(sign, out + i * PIECE_BYTES);
     }
   } else {
-    float size;  // the exponent of `size` is the least that keeps every x within LARGEST, but not so small that 2^e is subnormal
+    float size, factor;
     memcpy(&size, &bits, 4);
-    size = size * ((float)0x800000 / LARGEST) + 0x1p-104f;
+    size = size * ((float)0x800000 / LARGEST) + 0x1p-104f;  // its exponent is the least that every x fits, and 2^e normal
     uint32_t exponent;
     memcpy(&exponent, &size, 4);
-    exponent = exponent >> 23;
+    exponent >>= 23;
     const uint32_t scale = (exponent - 22) << 23, inverse = (254 + 22 - exponent) << 23;
-    float factor;
     memcpy(&row.scale, &scale, 4), memcpy(&factor, &inverse, 4);
     for (int64_t i = 0; i < pieces; i++) {
-      const VI rounded = (VI)_mm512_cvtps_epi32(load(x + i * W) * set1(factor));
+      const VI rounded = (VI)_mm512_cvtps_epi32((__m512)(values[i] * set1(factor)));
       total += rounded;
       store_digits(rounded, out + i * PIECE_BYTES);
     }
@@ -107,12 +111,17 @@ ZO_INLINE void digits_of(const float* x, int64_t depth, int8_t* out, DigitRow& r
 // Rows m0 .. m1 - 1 of x as digits.
 template <class T>
 void pack_digits(const Weight& w, const T* x, int64_t x_stride, int64_t m0, int64_t m1, const Digits& to) {
-  int64_t i = 0;
-  for (Chunk chunk = digit_chunk(w, to.depth, 0); chunk.k < w.K; chunk = digit_chunk(w, to.depth, chunk.k + chunk.depth), i++) {
-    for (int64_t m = m0; m < m1; m++) {
-      alignas(64) float row[DEPTH] = {};
-      to_floats(row, x + m * x_stride + chunk.k, chunk.depth);
-      digits_of(row, chunk.depth, (int8_t*)to.at(i, m), to.rows[i * to.M + m]);
+  for (int64_t from = m0; from < m1; from += PACK_ROWS) {
+    const int64_t end = min(m1, from + PACK_ROWS);
+    int64_t i = 0;
+    for (Chunk chunk = digit_chunk(w, to.depth, 0); chunk.k < w.K;
+         chunk = digit_chunk(w, to.depth, chunk.k + chunk.depth), i++) {
+      const auto pack = [&](int64_t depth) __attribute__((always_inline)) {
+        for (int64_t m = from; m < end; m++)
+          digits_of(x + m * x_stride + chunk.k, depth, (int8_t*)to.at(i, m), to.rows[i * to.M + m]);
+      };
+      if (chunk.depth == DEPTH) pack(DEPTH);  // unrolled
+      else pack(chunk.depth);
     }
   }
 }

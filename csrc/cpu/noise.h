@@ -201,11 +201,12 @@ inline void weighted_noise(float sum[TILE], const int64_t* seeds, const float* w
                            zo::Noise kind, uint64_t first, int64_t count) {
   alignas(64) float z[TILE];
   const int64_t whole = (count + W - 1) / W * W;
-  memset(sum, 0, whole * sizeof(float));
+  if (S < 1) memset(sum, 0, whole * sizeof(float));
   for (int64_t s = 0; s < S; s++) {
-    noise_values(z, seeds[s], param_id, kind, first, whole);
+    float* const to = s ? z : sum;  // the first in place: 0 + weight * z
+    noise_values(to, seeds[s], param_id, kind, first, whole);
     const VF weight = set1(weights[s]);
-    for (int64_t i = 0; i < whole; i += W) store(sum + i, load(sum + i) + weight * load(z + i));
+    for (int64_t i = 0; i < whole; i += W) store(sum + i, (s ? load(sum + i) : VF{}) + weight * load(to + i));
   }
 }
 

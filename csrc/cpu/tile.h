@@ -9,6 +9,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #include <cstdlib>
 
 #include "panel.h"
@@ -21,16 +24,55 @@ constexpr int64_t X_BLOCK = 1 << 20;   // floats of x that a task reads: 4 MB, w
 
 // ---------------------------------------------------------------- memory and threads
 
-// 64-byte aligned scratch; get() is null when there is no memory.
+// 64-byte aligned scratch; get() is null when there is no memory. Fresh pages cost as much as packing x into them does
+// (512 rows of K = 4097 for 7 columns: 3.9 ms, kept 1.3), so a thread keeps what it took last, up to KEPT; more comes
+// in huge pages where the system has them.
 class Scratch {
  public:
-  explicit Scratch(int64_t floats) : data_((float*)aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64 + 64)) {}
-  ~Scratch() { free(data_); }
+  explicit Scratch(int64_t floats) : data_(take((floats * sizeof(float) + 63) / 64 * 64 + 64)) {}
+  ~Scratch() {
+    if (data_ != kept().data) free(data_);
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   float* get() const { return data_; }
 
  private:
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr size_t KEPT = 0;  // so that a shorter call's overrun is seen
+#else
+  static constexpr size_t KEPT = 16 << 20;
+#endif
+  struct Kept {
+    float* data = nullptr;
+    size_t bytes = 0;
+    ~Kept() { free(data); }
+  };
+  static Kept& kept() {
+    static thread_local Kept buffer;
+    return buffer;
+  }
+  static float* take(size_t bytes) {
+    if (bytes > KEPT) return fresh(bytes);
+    Kept& buffer = kept();
+    if (buffer.bytes < bytes) {
+      free(buffer.data);
+      buffer.data = fresh(bytes);
+      buffer.bytes = buffer.data ? bytes : 0;
+    }
+    return buffer.data;
+  }
+  static float* fresh(size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr size_t HUGE_PAGE = 2 << 20;
+    if (bytes > KEPT && KEPT) {
+      void* data = aligned_alloc(HUGE_PAGE, (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+      if (data) madvise(data, bytes, MADV_HUGEPAGE);  // only advice: any answer will do
+      return (float*)data;
+    }
+#endif
+    return (float*)aligned_alloc(64, bytes);
+  }
   float* data_;
 };
 constexpr const char* NO_MEMORY = "no memory for the kernel's workspace (one fp32 copy of x and 1 MB a thread)";
@@ -48,6 +90,14 @@ struct Share {
   int64_t begin(int64_t count) const { return thread * count / threads; }
   int64_t end(int64_t count) const { return (thread + 1) * count / threads; }
 };
+
+// Whether one thread does so little (under about 100 us) that waking others would cost more than it saves.
+ZO_INLINE bool is_short(int64_t work, int64_t limit) {
+#ifdef ZO_ALWAYS_THREADS  // tests/sanitize.py: small problems take the paths of large ones
+  limit = 0;
+#endif
+  return work < limit;
+}
 
 // What a thread does at a time: 64 columns, and the rows m0 .. m1 - 1 of each of the groups g0 .. g1 - 1.
 struct Task {
@@ -69,7 +119,7 @@ struct Plan {
       : w(w), threads(max_threads < 1 ? 1 : max_threads), groups(groups), size(M / groups), blocks(zo::ceil_div(w.N, BLOCK)),
         batch(min(groups, max_groups)) {
     const int64_t K = max(w.K, 1);
-    if (w.N * K * (M + 2) < 5000000) threads = 1;  // under 100 us: waking a thread costs more than it saves
+    if (is_short(w.N * K * (M + 2), 5000000)) threads = 1;
     row_blocks = zo::ceil_div(size, max(ROWS, max_rows / batch));
     // Few blocks of columns: more ranges of rows, until the busiest thread has at most 1/16 more than its share.
     while (16 * zo::ceil_div(tasks(), threads) * threads > 17 * tasks() && size >= 16 * ROWS * row_blocks) row_blocks++;
@@ -102,8 +152,8 @@ inline float sum(const float* x, int64_t count) {
   return fold(lanes);
 }
 
-// x in fp32, as the product reads it: packed [chunk][M][depth], so that the rows of a chunk stream through the cache. A
-// few fp32 rows are read where they are.
+// x in fp32, as the product reads it: where it lies, or converted into [chunk][M][depth], whose rows stream through the
+// cache. (Packing fp32 x too: no faster from 32 to 512 rows, 3 % slower at K = 576, and a copy of x.)
 struct X {
   const float* data;
   bool packed;
@@ -118,17 +168,22 @@ struct X {
   const float* sums_of(int64_t chunk, int64_t m) const { return sums ? sums + chunk * M + m : nullptr; }
 };
 
+constexpr int64_t PACK_ROWS = 16;  // at a time: more, and each row of a chunk is a page of its own
+
 // Rows m0 .. m1 - 1 of x into `packed` and their sums into `sums`; either may be null.
 template <class T>
 void pack_rows(const Weight& w, const T* x, int64_t x_stride, int64_t m0, int64_t m1, int64_t M, float* packed,
                float* sums) {
   float buffer[DEPTH];
-  int64_t i = 0;
-  for (Chunk chunk = chunk_at(w, 0); chunk.k < w.K; chunk = chunk_at(w, chunk.k + chunk.depth), i++) {
-    for (int64_t m = m0; m < m1; m++) {
-      float* out = packed ? packed + chunk.k * M + m * chunk.depth : buffer;
-      to_floats(out, x + m * x_stride + chunk.k, chunk.depth);
-      if (sums) sums[i * M + m] = sum(out, chunk.depth);
+  for (int64_t from = m0; from < m1; from += PACK_ROWS) {
+    const int64_t end = min(m1, from + PACK_ROWS);
+    int64_t i = 0;
+    for (Chunk chunk = chunk_at(w, 0); chunk.k < w.K; chunk = chunk_at(w, chunk.k + chunk.depth), i++) {
+      for (int64_t m = from; m < end; m++) {
+        float* out = packed ? packed + chunk.k * M + m * chunk.depth : buffer;
+        to_floats(out, x + m * x_stride + chunk.k, chunk.depth);
+        if (sums) sums[i * M + m] = sum(out, chunk.depth);
+      }
     }
   }
 }

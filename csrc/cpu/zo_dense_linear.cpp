@@ -148,7 +148,7 @@ const char* zo_dense_linear(const zo::ZoDenseLinear& p) {
     return zo_linear(clean);
   }
   const Plan plan(p.w, M, p.G, p.threads, MAX_GROUPS, MAX_ROWS);
-  const bool in_place = p.dtype == zo::DType::f32 && M <= ROWS;
+  const bool in_place = p.dtype == zo::DType::f32;
   const int64_t x_floats = in_place ? 0 : aligned(M * K), sums_floats = p.w.offset ? aligned(chunk_count(p.w) * M) : 0;
   const bool clean_digits = any_clean && has_digits(p.w);
   const int64_t digit_floats = clean_digits ? Digits::floats(p.w, M) : 0;

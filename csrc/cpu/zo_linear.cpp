@@ -179,7 +179,7 @@ const char* zo_linear(const zo::ZoLinear& p) {
   if (p.G < 1 || M % p.G) return "`x` has a number of rows that its row groups do not divide";
   const int64_t R = p.R, base_rank = p.base_basis ? p.base_rank : 0, group_rows = M / p.G;
   const bool has_noise = R > 0 && p.z.S > 0 && p.z.noise != zo::Noise::none;
-  const bool in_digits = has_digits(p.w), in_place = p.dtype == zo::DType::f32 && M <= ROWS;
+  const bool in_digits = has_digits(p.w), in_place = p.dtype == zo::DType::f32;
   // 512 rows of main: 128 KB of L2
   const Plan plan(p.w, M, 1, p.threads, 1, max(96, min(512, X_BLOCK / max(K, 1))));
 

@@ -55,8 +55,7 @@ demo: $(BUILT)
 	$(BIN)/zoact demo $(ARGS)
 
 bench: $(BUILT)
-# One thread each unless a case says more: spinning workers of a library would count as everybody's CPU time.
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run $(ARGS)
+	$(BIN)/python -m benchmarks.run $(ARGS)
 
 # The libraries that the benchmark compares with; nothing else needs them.
 bench-peers: $(READY)

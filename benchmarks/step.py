@@ -185,11 +185,11 @@ KINDS = {  # of what a step does, by the start of the op's name; the first match
 
 
 def anatomy(step: Callable[[], Any]) -> dict[str, float]:
-    """Share of each kind of op in the CPU time of a step; "other": norms, activations, rotations, the loss, Python."""
+    """Share of each kind of op in the time of a step; "other": norms, activations, rotations, the loss, Python."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        start = time.process_time()
+        start = time.perf_counter()
         step()
-        total = time.process_time() - start
+        total = time.perf_counter() - start
     spent = dict.fromkeys(KINDS, 0.0)
     for event in profile.key_averages():
         kind = next((kind for kind, names in KINDS.items() if event.key.startswith(names)), None)

@@ -186,8 +186,9 @@ OPS = ["zo_linear", "zo_dense_linear", "zo_update", "zo_perturb"]
 
 @pytest.mark.parametrize("stem", OPS)
 def test_same_stem_in_every_room(stem: str) -> None:
-    """You can guess every path: one stem is the op, its reference, its C++ file and its test."""
+    """You can guess every path: one stem is the op, its reference, its C++ file, its Triton file and its test."""
     assert (ROOT / f"csrc/cpu/{stem}.cpp").exists()
+    assert (PACKAGE / f"triton_ops/{stem}.py").exists()
     assert re.search(rf"^def {stem}_?\(", (PACKAGE / "reference.py").read_text(), re.MULTILINE)
     assert f"{stem}" in (PACKAGE / "ops.py").read_text()
 
@@ -210,11 +211,23 @@ def test_no_host_or_device_branches() -> None:
 
 def test_kernels_share_nothing_across_isas() -> None:
     """No STL in a file compiled per ISA: the linker could keep the AVX-512 copy of a shared inline function."""
-    allowed = "c(assert|float|limits|math|stddef|stdint|stdlib|string)|type_traits|omp.h|arm_neon.h|[a-z]+intrin.h"
-    allowed += "|cuda_runtime.h"
+    allowed = "c(assert|float|limits|math|stddef|stdint|stdlib|string)|type_traits|omp.h|sys/mman.h|cuda_runtime.h"
+    allowed += "|arm_neon.h|[a-z]+intrin.h"
     for path in native_sources():
         if path.name == "bindings.cpp":
             continue
         headers = set(re.findall(r"^\s*#\s*include\s*<([^>]+)>", path.read_text(), re.MULTILINE))
         shared = [header for header in headers if not re.fullmatch(allowed, header)]
         assert not shared, f"{path.relative_to(ROOT)} includes {shared}"
+
+
+def test_interpreter_branches_have_their_place() -> None:
+    """A kernel runs the same text compiled and interpreted, but for the two files of shared device functions."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{number}: {line}"
+        for path in sorted((PACKAGE / "triton_ops").glob("*.py"))
+        if path.name not in ("words.py", "dequant.py", "__init__.py")  # the last asks once, for dispatch
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(r"interpret|INTERPRETED", line)
+    ]
+    assert not wrong, "\n".join(wrong)

@@ -277,3 +277,18 @@ def test_demo_ends_with_its_table_and_never_overwrites(
             assert words in told
         assert path in told and "unchanged, sha256" in told and "DIFFERENT" not in told
     assert zoact("demo", "--resume", "--out", "runs/demo", "--steps", "4") == 0
+
+
+def test_bench_says_what_it_can_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert zoact("bench", "nothing") == 2
+    assert "`what` is 'nothing'; allowed are kernels, step, report" in capsys.readouterr().err
+    assert zoact("bench", "--providers", "nobody", "--out", str(tmp_path / "rows.jsonl")) == 2
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_bench_needs_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("zoact_kernels.cli.__file__", str(tmp_path / "site-packages" / "zoact_kernels" / "cli.py"))
+    assert zoact("bench") == 2
+    assert "in the repository" in capsys.readouterr().err

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import subprocess
 import sys
 import warnings
@@ -345,10 +344,8 @@ def bench(
     else:
         given = {}
     options = [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
-    # One thread each unless a case says more: spinning workers of a library would count as everybody's CPU time.
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     command = [sys.executable, "-m", f"benchmarks.{modules[what]}", *options]
-    raise typer.Exit(subprocess.run(command, cwd=root, env=environment).returncode)
+    raise typer.Exit(subprocess.run(command, cwd=root).returncode)
 
 
 @app.command()

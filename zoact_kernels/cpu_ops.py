@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .layouts import ceil_div
 
 if TYPE_CHECKING:
     from .dispatch import Problem
@@ -111,8 +112,8 @@ class Cpu:
             return f"scales are {p.scale_dtype}"
         if p.format == "dense" and p.code_dtype not in _ACTIVATIONS:
             return f"the dense weight is {p.code_dtype}"
-        if p.op == "zo_dense_linear" and "noise on the scales" in p.features:
-            return "noise on the scales is left to the reference"
+        if "noise on the scales" in p.features and (len(p.features) > 1 or "flat blocks" in p.features):
+            return "noise on the scales goes without masks and noise_scale, and not with blocks that run across rows"
         return None
 
     def cost(self, problem: Problem) -> tuple[float, float]:
@@ -149,12 +150,13 @@ class Cpu:
         K = x.shape[-1]
         rows = _matrix(x)
         y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
+        columns = ceil_div(K, K if group_size == -1 else group_size) if noise_on == "scale" else K  # of Z
         bias, seeds, sigmas, noise_scale = _dense(bias, seeds, sigmas, noise_scale)
         native.module().zo_dense_linear(
             self.isa(), _ptr(rows), _ptr(y), _dtype(x.dtype), rows.shape[0], rows.stride(0),
             *_stored(weight, scale, offset, nested, format, layout, group_size, out_features, K),
             _ptr(bias), 0 if bias is None else _dtype(bias.dtype),
-            *_direction(seeds, sigmas, noise, param_id, row_offset, cols or K, groups), noise_on == "scale",
+            *_direction(seeds, sigmas, noise, param_id, row_offset, cols or columns, groups), noise_on == "scale",
             _enum("Mask", mask), 0.0 if mask_value is None else float(mask_value),
             0 if mask_seed is None else int(mask_seed), _ptr(noise_scale), groups, native.threads(),
         )  # fmt: skip

@@ -16,6 +16,7 @@ import torch
 
 from . import reference
 from .cpu_ops import Cpu
+from .triton_ops import Panel, Triton
 
 
 class Problem(NamedTuple):
@@ -73,11 +74,11 @@ class Reference:
         return flops, 4.0 * (5 * p.N * p.K + p.M * (p.N + p.K) + 40.0 * p.seeds * p.N * max(p.rank, 1))
 
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (Cpu(), Reference())
+IMPLEMENTATIONS: tuple[Implementation, ...] = (Triton(), Panel(), Cpu(), Reference())
 
-# (flop/s, bytes/s) that turn a modelled cost into seconds: one core of the machine in benchmarks/results. Only ratios
-# between implementations on one device matter.
-ROOF = {"cpu": (1.2e11, 1.2e10)}
+# (flop/s, bytes/s) that turn a modelled cost into seconds: one core of the machine in benchmarks/results, and the half
+# precision and memory speed of an A100's data sheet. Only ratios between implementations on one device matter.
+ROOF = {"cpu": (1.2e11, 1.2e10), "cuda": (3.1e14, 2.0e12)}
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("zoact_forced", default=None)
 

@@ -333,6 +333,8 @@ def dense_problem(x, weight, scale, offset, nested, bias, seeds, sigmas, param_i
         raise ValueError(f"`noise_on` is 'scale', but a {format} weight has no scales; allowed: 'weight'")
     if noise_on == "scale":
         features.append("noise on the scales")
+        if weight is not None and weight.dim() == 1 and layout == "row":
+            features.append("flat blocks")
     return Problem(
         "zo_dense_linear",
         device.type,

@@ -1,0 +1,68 @@
+"""The Triton kernels against the reference, in Triton's interpreter, and where dispatch takes them.
+
+TRITON_INTERPRET=1 counts when Triton is imported and turns compiling off, so each file of tests/interpreted runs in a
+process of its own; test_machine_code.py compiles the same kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from zoact_kernels.dispatch import Problem, explain
+from zoact_kernels.triton_ops import tiles
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent
+FILES = sorted(path.stem for path in (HERE / "interpreted").glob("*.py"))
+
+
+def interpreted(stem: str, marks: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", marks, "-p", "no:cacheprovider", "--tb=short"]
+    kept = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    run = subprocess.run(
+        [*command, str(HERE / "interpreted" / f"{stem}.py")], env=kept | {"TRITON_INTERPRET": "1"}, cwd=HERE.parent,
+        text=True, capture_output=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    assert re.search(r"\d+ passed", run.stdout), run.stdout
+    assert "skipped" not in run.stdout, run.stdout
+
+
+@pytest.mark.parametrize("stem", FILES)
+def test_interpreted(stem: str) -> None:
+    interpreted(stem, "not soak")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("stem", ["dequantize", "zo_linear", "zo_dense_linear"])
+def test_interpreted_grid(stem: str) -> None:
+    interpreted(stem, "soak")
+
+
+def test_refuses_the_cpu() -> None:
+    told = explain(Problem("zo_linear", "cpu", torch.float32, 1, 8, 8))
+    assert told.refusals["triton"] == "tensors are on cpu"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it has a device")
+def test_refuses_without_a_device() -> None:
+    told = explain(Problem("zo_linear", "cuda", torch.float32, 1, 8, 8))
+    assert told.refusals["triton"] == "torch finds no CUDA or ROCm device"
+    assert told.chosen == "reference"
+
+
+@pytest.mark.parametrize("N", [1, 64, 1000, 4096, 11008, 128256])
+@pytest.mark.parametrize("K", [1, 100, 512, 1024, 4096, 14336])
+def test_splits_cover_k(N: int, K: int) -> None:
+    """No empty split, none missing, each a whole number of steps: what a row's bits depend on."""
+    count, size = tiles.splits(N, K)
+    assert (count - 1) * size < K <= count * size
+    assert size % tiles.K_STEP == 0
+    assert count == 1 or size >= tiles.CHUNK

@@ -1,0 +1,145 @@
+"""The Triton implementation: kernels for NVIDIA (Ampere and newer) and AMD GPUs. Importing this imports no Triton.
+
+words.py and dequant.py hold the device functions that all kernels share, one file per op holds its kernels and their
+launcher, tiles.py the rules that pick a tile. Tests run the kernels on the CPU, in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from ..dispatch import Problem
+
+_ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST_TRITON = (3, 6)
+OLDEST = (8, 0)  # Triton has no tensor-core products before: they become scalar FMAs that spill
+
+
+def interpreted() -> bool:
+    """Whether Triton, if anybody imported it, runs kernels on the CPU: TRITON_INTERPRET=1, which tests set."""
+    knobs = getattr(sys.modules.get("triton"), "knobs", None)
+    return knobs is not None and bool(knobs.runtime.interpret)
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Why kernels cannot run on a "cuda" tensor here; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install 'zoact_kernels[triton]'"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA or ROCm device"
+    version = importlib.import_module("triton").__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"Triton {version} is older than {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}"
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is None and capability < OLDEST:
+        return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST[0]}.{OLDEST[1]}"
+    return None
+
+
+# What it takes to dequantise a weight, in flops of the tensor cores: some four instructions at a fifteenth of the rate.
+DEQUANTIZE = 64.0
+
+
+def _packed(p: Problem) -> bool:
+    return p.format not in ("dense", "none")
+
+
+def _cost(p: Problem) -> tuple[float, float]:
+    """(flops, bytes), each operand counted once."""
+    bits = {"dense": 8 * p.code_dtype.itemsize, "int8": 9, "int4": 5, "nf4": 5, "fp4": 5, "none": 0}[p.format]
+    flops = 2.0 * p.M * p.N * p.K + 2.0 * p.M * (p.rank + p.base_rank) * (p.N + p.K)
+    moved = bits / 8 * p.N * p.K + p.dtype.itemsize * p.M * (p.N + p.K) + 4.0 * p.rank * (p.N + p.K)
+    return flops, moved
+
+
+class Triton:
+    """triton_ops behind the schema; arguments are checked before they get here."""
+
+    name = "triton"
+    batch_invariant = True
+
+    def refusal(self, problem: Problem) -> str | None:
+        p = problem
+        if p.device != "cuda" and not (p.device == "cpu" and interpreted()):
+            return f"tensors are on {p.device}"
+        if p.device == "cuda" and (reason := _missing()) is not None:
+            return reason
+        if p.dtype not in _ACTIVATIONS:
+            return f"{p.dtype} is not float32, bfloat16 or float16"
+        if p.layout != "row":
+            return f"layout {p.layout!r} is one of CPU kernels; these read 'row'"
+        if p.format == "dense" and p.code_dtype not in _ACTIVATIONS:
+            return f"the dense weight is {p.code_dtype}"
+        if p.op == "zo_dense_linear" and "noise on the scales" in p.features:
+            return "noise on the scales is left to the reference"
+        return None
+
+    def cost(self, problem: Problem) -> tuple[float, float]:
+        """(flops, bytes), each operand counted once, and D(W) once for every 64 rows of x."""
+        p = problem
+        flops, moved = _cost(p)
+        return flops + DEQUANTIZE * _packed(p) * -(-p.M // 64) * p.N * p.K, moved
+
+    def zo_linear(self, *args, **named):
+        from .zo_linear import zo_linear
+
+        return zo_linear(*args, **named)
+
+    def zo_dense_linear(self, *args, **named):
+        from .zo_dense_linear import zo_dense_linear
+
+        return zo_dense_linear(*args, **named)
+
+    def dequantize(self, *args, **named):
+        from .dequantize import dequantize
+
+        return dequantize(*args, **named)
+
+    def zo_update_(self, *args, **named):
+        from .zo_update import zo_update_
+
+        zo_update_(*args, **named)
+
+    def zo_perturb_(self, *args, **named):
+        from .zo_perturb import zo_perturb_
+
+        zo_perturb_(*args, **named)
+
+
+class Panel:
+    """triton_ops/panel.py: for many rows, dequantise a panel once and let the vendor multiply."""
+
+    name = "panel"
+    batch_invariant = False  # the vendor's GEMM depends on M
+
+    def refusal(self, problem: Problem) -> str | None:
+        p = problem
+        if (reason := Triton().refusal(p)) is not None:
+            return reason
+        if p.op != "zo_linear" or p.format == "none":
+            return f"{p.op} without a weight has no panel" if p.op == "zo_linear" else f"{p.op} has no panel"
+        if p.device == "cuda" and "dtype" not in torch.ops.aten.mm.overloads():
+            return f"torch {torch.__version__} has no product of half precision with fp32 sums (mm with out_dtype)"
+        return None
+
+    def cost(self, problem: Problem) -> tuple[float, float]:
+        """(flops, bytes): D(W) written and read, and the fp32 sums."""
+        p = problem
+        flops, moved = _cost(p)
+        return (
+            flops + DEQUANTIZE * _packed(p) * p.N * p.K,
+            moved + 2.0 * p.dtype.itemsize * p.N * p.K + 8.0 * p.M * p.N,
+        )
+
+    def zo_linear(self, *args, **named):
+        from .panel import zo_linear
+
+        return zo_linear(*args, **named)

@@ -1,0 +1,181 @@
+"""The weight formats of formats.py as device functions: a tile of D(W), whatever the format.
+
+Contract: `weight_tile` gives fp32 [BN, BK], bit for bit formats.PackedWeight.dequantize(torch.float32) of layout `row`,
+in kernels compiled with enable_fp_fusion=False; elements outside [N, K] are finite (the caller's x is zero there).
+A code becomes a float by bits, not by conversion: 2^23 + q has q as its low mantissa bits, and one subtraction, exact,
+leaves q or q - 8. `operand` rounds it to the dtype of the product, once: the bits of dequantize(dtype).
+
+Arguments that say what a weight is, in every kernel:
+
+    codes, scale, offset, nested   pointers, None where the weight has none
+    code_stride                    codes: bytes (4 bit) or elements of a row
+    groups                         scales a row
+    FORMAT                         "dense", "int8", "int4", "nf4", "fp4"
+    SPAN                           weights a scale, 0 for the whole row
+    FLAT                           blocks run across rows (bitsandbytes with K % block != 0)
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..formats import FP4, NF4
+
+# bf16 arithmetic of the interpreter is silently wrong: there, bf16 values go on as the fp32 that they equal.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+_NF4 = tl.constexpr(NF4)
+_FP4 = tl.constexpr(FP4)
+
+
+@triton.jit
+def rounded(value, DTYPE: tl.constexpr):
+    """fp32 -> DTYPE, to nearest, ties to even. The interpreter's own cast to bf16 cuts off."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        nearest = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, nearest)
+        return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(DTYPE)
+
+
+@triton.jit
+def operand(value, DTYPE: tl.constexpr):
+    """`value` rounded to DTYPE, as an operand of tl.dot. In the interpreter a bf16 goes on as the fp32 it equals."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        return rounded(value.to(tl.float32), DTYPE).to(tl.float32)
+    else:
+        return value.to(DTYPE)
+
+
+@triton.jit
+def dot32(left, right, acc, DTYPE: tl.constexpr):
+    """acc + left . right of fp32 operands, for the low-rank term beside x of DTYPE (law 2.5).
+
+    fp32 x: fp32 FMA. Half precision: three bf16 parts of each operand and the six products that matter, on tensor
+    cores; their error, about 2^-22, is far below the rounding of y. The interpreter has fp32 products alone.
+    """
+    if INTERPRETED or DTYPE == tl.float32:
+        return tl.dot(left, right, acc, input_precision="ieee")
+    else:
+        return tl.dot(left, right, acc, input_precision="bf16x6")
+
+
+@triton.jit
+def dot32_by(left, right, acc, DTYPE: tl.constexpr):
+    """acc + left . right of an fp32 `left`, finite, and a `right` of DTYPE: law 2.5 as in dot32, nothing rounded.
+
+    A bf16 `right` is one part already, so the three parts of `left`, 24 bits, take three products.
+    """
+    if tl.bfloat16 == DTYPE and not INTERPRETED:
+        high = left.to(tl.bfloat16)
+        rest = left - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(high, right, tl.dot(middle, right, tl.dot(low, right, acc)))
+    else:
+        return dot32(left, right.to(tl.float32), acc, DTYPE)
+
+
+@triton.jit
+def _table(FORMAT: tl.constexpr):
+    """The 16 values of a codebook, fp32 [16]."""
+    values: tl.constexpr = _NF4 if FORMAT == "nf4" else _FP4
+    i = tl.arange(0, 16)
+    table = tl.full((16,), 0.0, tl.float32)
+    for j in tl.static_range(16):
+        table = tl.where(i == j, values[j], table)
+    return table
+
+
+@triton.jit
+def _unsigned(code, CENTRE: tl.constexpr):
+    """code - CENTRE in fp32, exact, for codes below 2^8."""
+    return (code.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + CENTRE)
+
+
+@triton.jit
+def _decoded(code, FORMAT: tl.constexpr, CENTRE: tl.constexpr):
+    """What the scale multiplies: q - CENTRE of int4, the value of the codebook."""
+    if FORMAT == "int4":
+        return _unsigned(code, CENTRE)
+    else:
+        flat = tl.gather(_table(FORMAT), tl.reshape(code, (code.shape[0] * code.shape[1],)).to(tl.int32), 0)
+        return tl.reshape(flat, code.shape)
+
+
+@triton.jit
+def _factor_tile(
+    codes, n, k0, N, K, code_stride, FORMAT: tl.constexpr, FLAT: tl.constexpr, CENTRE: tl.constexpr, BK: tl.constexpr
+):
+    row = n.to(tl.int64)[:, None]
+    k = k0 + tl.arange(0, BK)[None, :]
+    inside = n[:, None] < N
+    if FORMAT == "dense":
+        return tl.load(codes + row * code_stride + k, mask=inside & (k < K), other=0).to(tl.float32)
+    elif FORMAT == "int8":
+        q = tl.load(codes + row * code_stride + k, mask=inside & (k < K), other=0)
+        return _unsigned(q.to(tl.uint8, bitcast=True) ^ 0x80, 128.0)
+    elif FLAT:
+        e = row * K + k
+        byte = tl.load(codes + (e >> 1), mask=inside & (k < K), other=0)
+        return _decoded((byte >> ((e & 1) * 4).to(tl.uint8)) & 15, FORMAT, CENTRE)
+    else:
+        j = k0 // 2 + tl.arange(0, BK // 2)[None, :]
+        byte = tl.load(codes + row * code_stride + j, mask=inside & (j < code_stride), other=0)
+        return _decoded(tl.reshape(tl.join(byte & 15, byte >> 4), (n.shape[0], BK)), FORMAT, CENTRE)
+
+
+@triton.jit
+def _scalars(stored, nested, index, mask):
+    """Scales (or offsets) number `index` in fp32; nested ones decoded: a product and a sum, each rounded."""
+    value = tl.load(stored + index, mask=mask, other=0)
+    if nested is None:
+        return value.to(tl.float32)
+    else:
+        code = tl.load(nested + value.to(tl.int32))
+        absmax = tl.load(nested + 257 + (index >> 8), mask=mask, other=0)
+        return code * absmax + tl.load(nested + 256)
+
+
+@triton.jit
+def _scale_tile(
+    stored, nested, n, k0, N, K, groups, SPAN: tl.constexpr, FLAT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):
+    """Scales of the tile, fp32 [BN, BK], or [BN, 1] where the whole tile lies in one group of each row."""
+    row = n.to(tl.int64)[:, None]
+    inside = n[:, None] < N
+    k = k0 + tl.arange(0, BK)[None, :]
+    if FLAT:
+        return _scalars(stored, nested, (row * K + k) // SPAN, inside & (k < K))
+    elif SPAN == 0:
+        return _scalars(stored, nested, row, inside)
+    elif SPAN % BK == 0:
+        group = k0 // SPAN + tl.arange(0, 1)[None, :]
+        return _scalars(stored, nested, row * groups + group, inside & (group < groups))
+    elif BK % SPAN == 0:
+        group = k0 // SPAN + tl.arange(0, BK // SPAN)[None, :]
+        each = _scalars(stored, nested, row * groups + group, inside & (group < groups))
+        return tl.reshape(tl.broadcast_to(each[:, :, None], (BN, BK // SPAN, SPAN)), (BN, BK))
+    else:
+        return _scalars(stored, nested, row * groups + k // SPAN, inside & (k < K))
+
+
+@triton.jit
+def weight_tile(
+    codes, scale, offset, nested, n, k0, N, K, code_stride, groups,
+    FORMAT: tl.constexpr, SPAN: tl.constexpr, FLAT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """D(W)[n, k0 : k0 + BK] in fp32. n is int32 [BN]; k0 is a multiple of BK."""
+    if FORMAT == "dense":
+        return _factor_tile(codes, n, k0, N, K, code_stride, FORMAT, FLAT, 0.0, BK)
+    elif offset is None:
+        factor = _factor_tile(codes, n, k0, N, K, code_stride, FORMAT, FLAT, 8.0, BK)
+        return factor * _scale_tile(scale, nested, n, k0, N, K, groups, SPAN, FLAT, BN, BK)
+    else:
+        q = _factor_tile(codes, n, k0, N, K, code_stride, FORMAT, FLAT, 0.0, BK)
+        s = _scale_tile(scale, None, n, k0, N, K, groups, SPAN, FLAT, BN, BK)
+        o = _scale_tile(offset, None, n, k0, N, K, groups, SPAN, FLAT, BN, BK)
+        return tl.fma(q, tl.broadcast_to(s, (BN, BK)), tl.broadcast_to(o, (BN, BK)))

@@ -1,0 +1,53 @@
+"""zo_linear for many rows: D(W) once into a panel of some rows of W, then the vendor's GEMM, then `finish_kernel`.
+
+x [M, K], W [N, K], y [M, N] as in zo_linear.py. The panel has the dtype of x, the GEMM gives fp32 sums, to which the
+low-rank term and the bias are added before the one rounding. A panel has 64 rows of W, or more as long as it stays
+below PANEL bytes and its sums below SUMS. Bound by the products. The vendor picks its kernel by M, so a row's bits
+depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import host
+from .dequantize import dequantize
+from .zo_linear import finish, low_rank_arguments
+
+PANEL = SUMS = 64 << 20  # bytes
+
+
+def sums32(rows: Tensor, panel: Tensor) -> Tensor:
+    """rows . panel^T in fp32, unrounded."""
+    if rows.dtype == torch.float32:
+        return rows @ panel.T
+    if rows.is_cuda:
+        return torch.mm(rows, panel.T, out_dtype=torch.float32)
+    return rows.float() @ panel.float().T  # torch has no such product on the CPU
+
+
+def zo_linear(x, weight, scale, offset, nested, bias, base_basis, base_coeff, basis, coeff, coeff_groups, projected,
+              seeds, sigmas, param_id, format, layout, group_size, out_features, noise="normal", groups=1,
+              row_offset=0, cols=0):  # fmt: skip
+    """The op, arguments checked: see ops.zo_linear. There is a weight."""
+    N, K = out_features, x.shape[-1]
+    rows = host.matrix(x)
+    M = rows.shape[0]
+    y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    with torch.cuda.device_of(x):
+        low_rank = low_rank_arguments(
+            rows, N, base_basis, base_coeff, basis, coeff, coeff_groups, projected, seeds, sigmas, param_id, noise,
+            groups, row_offset, cols,
+        )  # fmt: skip
+        (bias,) = host.dense(bias)
+        width = max(64, min(PANEL // (K * x.element_size()), SUMS // (4 * M)) // 64 * 64)
+        for first in range(0, N, width):
+            count = min(width, N - first)
+            panel = dequantize(
+                weight, scale, offset, nested, format, layout, group_size, N, K, x.dtype, first, count
+            )  # fmt: skip
+            finish(y, sums32(rows, panel)[None], bias, *low_rank, first)
+    return y

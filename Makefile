@@ -21,8 +21,6 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(if $(STRICT),-
 # idle one the step takes the same time either way.
 export OMP_WAIT_POLICY ?= passive
 export ZOACT_BUILD_CPU ?= $(if $(STRICT),1,auto)
-# Six architectures take minutes, and no test loads the library: ZOACT_BUILD_CUDA=auto builds it where nvcc is.
-export ZOACT_BUILD_CUDA ?= 0
 
 .PHONY: setup build test soak sanitize check format demo bench bench-peers clean
 .DELETE_ON_ERROR:

@@ -6,11 +6,11 @@ runs it, so a rebuild compiles only what changed. Nothing here needs torch: the 
     ZOACT_BUILD_CPU=auto   (default) without a working compiler install pure Python, say so, and record the reason
     ZOACT_BUILD_CPU=1      a compiler is required, any failure is an error (`make`, CI)
     ZOACT_BUILD_CPU=0      pure Python
-    ZOACT_BUILD_CUDA=auto  (default) csrc/cuda too where nvcc is; 1: nvcc is required; 0: no
+    ZOACT_BUILD_CUDA=0     (default: minutes, and no op calls them yet) no csrc/cuda; auto: where nvcc is; 1: required
     ZOACT_CUDA_ARCHS       the GPUs to compile for, "80 86 89 90a 100 120" by default, and PTX of the last one
 
 The CUDA kernels become a library of their own, `_cuda.so`, with a C interface and a static cudart: the module does not
-need it, and it is loaded where there is a GPU. `_build.json` beside the module records what was built, or why it was
+need it. `_build.json` beside the module records what was built, or why it was
 not; `zoact_kernels.native` reads it.
 """
 
@@ -204,7 +204,7 @@ class BuildKernels(build_ext):
         wish = os.environ.get("ZOACT_BUILD_CPU", "auto")
         if wish not in ("auto", "0", "1"):
             raise SystemExit(f"ZOACT_BUILD_CPU is {wish!r}; it must be auto, 0 or 1")
-        cuda = os.environ.get("ZOACT_BUILD_CUDA", "auto")
+        cuda = os.environ.get("ZOACT_BUILD_CUDA", "0")
         if cuda not in ("auto", "0", "1"):
             raise SystemExit(f"ZOACT_BUILD_CUDA is {cuda!r}; it must be auto, 0 or 1")
         self.module = Path(self.get_ext_fullpath(self.extensions[0].name))

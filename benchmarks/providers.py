@@ -193,15 +193,20 @@ def _whole_groups(case: Case, *formats: str) -> None:
         raise Unsupported(f"K={case.K} is no multiple of {case.group_size}")
 
 
-def bitsandbytes_nf4(case: Case, data: Data) -> Call:
+def bitsandbytes_ring(case: Case, data: Data) -> list[tuple[Tensor, Any]]:
+    """The ring as bitsandbytes stores it: (codes, its nibbles high first; quantisation state)."""
     _whole_groups(case, "nf4")
-    bnb = _needs("bitsandbytes")
     functional = _needs("bitsandbytes.functional")
     ring = []
     for w in data.ring:
         state = functional.quantize_4bit(torch.zeros(case.N, case.K), blocksize=case.group_size, quant_type="nf4")[1]
         state.absmax.copy_(w.scale.reshape(-1))
         ring.append(((w.weight >> 4 | w.weight << 4).reshape(-1, 1), state))
+    return ring
+
+
+def bitsandbytes_nf4(case: Case, data: Data) -> Call:
+    ring, bnb = bitsandbytes_ring(case, data), _needs("bitsandbytes")
     add = side_path(case, data)
     return lambda i: add(bnb.matmul_4bit(data.x, ring[i][0].t(), quant_state=ring[i][1]))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from zoact_kernels import ops, reference, rng
 
 from .cases import LAYERS, Case
-from .providers import PARAM_ID, SIGMA, Call, Data, Provider, _dequantise, _needs, _whole_groups
+from .providers import PARAM_ID, SIGMA, Call, Data, Provider, _dequantise, _needs, bitsandbytes_ring
 
 SEED = 7
 
@@ -179,13 +179,7 @@ def torch_dequantize(case: Case, data: Data) -> Call:
 
 
 def bitsandbytes_dequantize(case: Case, data: Data) -> Call:
-    _whole_groups(case, "nf4")
-    functional = _needs("bitsandbytes.functional")
-    ring = []
-    for w in data.ring:
-        state = functional.quantize_4bit(torch.zeros(case.N, case.K), blocksize=case.group_size, quant_type="nf4")[1]
-        state.absmax.copy_(w.scale.reshape(-1))
-        ring.append(((w.weight >> 4 | w.weight << 4).reshape(-1, 1), state))
+    ring, functional = bitsandbytes_ring(case, data), _needs("bitsandbytes.functional")
     return lambda i: functional.dequantize_4bit(ring[i][0], ring[i][1])
 
 

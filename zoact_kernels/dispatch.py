@@ -39,6 +39,18 @@ class Problem(NamedTuple):
     seeds: int = 0
     noise: str = "none"
     features: tuple[str, ...] = ()
+    arch: str = ""  # of a "cuda" device: "sm_90", "gfx942"; "" elsewhere, or where torch sees no such device
+
+
+@functools.cache
+def arch_of(device: torch.device) -> str:
+    """`Problem.arch` of a device: what its kernels are compiled for."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return ""
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 class Implementation(Protocol):

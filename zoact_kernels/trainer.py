@@ -215,10 +215,7 @@ class _Run:
         optimizer, batch = self.optimizer, self.batch_at(self.log.done)
         parts = batch.split(self.recipe.micro_batch) if self.recipe.micro_batch else [batch]
         evaluations = [functools.partial(group_losses, self.model, part) for part in parts]
-        sizes = {part.sequences for part in parts}
-        # Sequences, or tokens; 1 is what a head that is itself a ZOLinear meets: its label rows come as [groups, n, K].
-        rows = tuple(sorted({1} | sizes | {size * batch.input_ids.shape[1] for size in sizes}))
-        result = optimizer.step_on(evaluations, rows)
+        result = optimizer.step_on(evaluations, tuple(sorted({size for part in parts for size in part.leading})))
         seconds = time.perf_counter() - start
         tokens = batch.tokens * optimizer.groups
         row = StepRow(

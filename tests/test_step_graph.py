@@ -72,7 +72,7 @@ class OnDevice(TorchDispatchMode):
 
 
 class ThroughAten(TorchFunctionMode):
-    """`copy_`, `contiguous` and indexing as ATen operations: a torch without CUDA refuses these methods even on fake tensors."""
+    """Methods as ATen operations: on fake CUDA tensors a torch without CUDA refuses the methods, not the operations."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
@@ -177,7 +177,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def same_steps(device: str, arguments: dict[str, Any], steps: int = 5) -> None:
-    model, optimizer = model_and_optimizer(device=device, floor_every=3, **arguments)
+    _, optimizer = model_and_optimizer(device=device, floor_every=3, **arguments)
     _, plain = model_and_optimizer(device=device, floor_every=3, **arguments)
     graph = StepGraph(optimizer, batch_of(0).to(device))
     if device == "cpu":

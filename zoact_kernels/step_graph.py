@@ -13,6 +13,7 @@ of `optimizer.step_on`.
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,4 +82,5 @@ class StepGraph:
 
 def _copied(batch: Batch) -> Batch:
     """The same batch in tensors of its own."""
-    return replace(batch, **{name: value.clone() for name, value in vars(batch).items() if isinstance(value, Tensor)})
+    tensors: dict[str, Any] = {name: v.clone() for name, v in vars(batch).items() if isinstance(v, Tensor)}
+    return replace(batch, **tensors)

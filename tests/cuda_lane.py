@@ -118,6 +118,19 @@ ZoDenseLinear = type(
     {"_fields_": [*ZoLinear._fields_, ("mask", c_int32), *((n, c_void_p) for n in DIRECTION)]},
 )
 
+Dequantize = struct(
+    "Dequantize",
+    """
+    pointer: codes scale offset nested
+    enum: format scale_dtype code_dtype
+    int64: N K group_size
+    pointer: out
+    enum: dtype
+    int64: row_start rows
+    pointer: stream
+    """,
+)
+
 
 class Lane:
     """The kernels `stems` of `csrc` compiled for the host into `folder`."""
@@ -212,6 +225,19 @@ class Lane:
         self.call(name, kind(**fields | dict(workspace=room)))
         assert room[floats:].isnan().all(), "a write behind the workspace"
         return y
+
+    def dequantize(self, packed: PackedWeight, out: Tensor, row_start: int = 0) -> None:
+        """Rows row_start .. of `packed`, in layout `row`, into out [rows, K]."""
+        K, weight, scale = packed.in_features, packed.weight, packed.scale
+        if packed.format in PADDING:
+            weight = layouts.to_fragments(weight, K, PADDING[packed.format])
+        problem = Dequantize(
+            codes=weight, scale=scale, offset=packed.offset, nested=packed.nested, format=FORMATS[packed.format],
+            scale_dtype=0 if scale is None else DTYPES[scale.dtype], code_dtype=DTYPES.get(weight.dtype, 0),
+            N=packed.out_features, K=K, group_size=packed.group_size if packed.group_size > 0 else max(K, 1),
+            out=out, dtype=DTYPES[out.dtype], row_start=row_start, rows=out.shape[0], stream=None,
+        )  # fmt: skip
+        self.call("dequantize", problem)
 
     def zo_dense_linear(self, mask="none", noise_on="weight", **arguments: Any) -> Tensor:
         assert noise_on == "weight"

@@ -21,6 +21,8 @@ from cases import (
     DTYPES,
     F16,
     LINEAR,
+    SHAPES,
+    WEIGHTS,
     Case,
     activations,
     cover,
@@ -31,6 +33,7 @@ from cases import (
 )
 from close import assert_no_worse
 from cuda_lane import CSRC, MODES, PADDING, STEMS, Lane, planted, takes
+from test_dequantize import same_bits
 from torch import Tensor
 
 from zoact_kernels import layouts, reference
@@ -85,6 +88,34 @@ def test_refusals(lane: Lane) -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             lane.zo_linear(x[:, :K], **weight_arguments(stored(name, 4, K)), out_features=4)
+    with pytest.raises(RuntimeError, match="a dense direction has no basis"):
+        lane.zo_dense_linear(x=x, out_features=4, basis=torch.zeros(64, 2))
+    with pytest.raises(RuntimeError, match="int8 weights have no CUDA kernel"):
+        lane.dequantize(stored("int8-row", 4, 64), torch.zeros(4, 64))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dequantize: the bits of formats.py
+
+HELD = tuple(name for name in WEIGHTS if name != "none" and not name.startswith("int8") and "flat" not in name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight", HELD)
+def test_dequantize(lane: Lane, weight: str, dtype: str) -> None:
+    """Out of one allocation, at any address, its neighbours untouched."""
+    lane.mode()
+    for number, (N, K) in enumerate((*SHAPES, (130, 200))):
+        packed = stored(weight, N, K)
+        for start, rows in ((0, N), (N // 3, N // 2), (N - 1, 1), (1, 0)):
+            room = torch.full((N * K + 32,), float("nan"), dtype=DTYPES[dtype])
+            first = 8 if number % 2 else 3  # aligned to 16 bytes, and to none
+            out = room[first : first + rows * K].view(rows, K)
+            lane.dequantize(packed, out, start)
+            expected = packed.dequantize(DTYPES[dtype])[start : start + rows]
+            assert same_bits(out, expected), f"N={N} K={K} rows {start} .. {start + rows - 1}"
+            assert room[:first].isnan().all()
+            assert room[first + rows * K :].isnan().all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,5 +402,7 @@ def test_machine_code(tmp_path: Path, stem: str, arch: str) -> None:
     sass = subprocess.run([tool, "-c", str(cubin)], text=True, capture_output=True, check=True).stdout
     for name, text in functions(sass).items():
         assert not re.search(r"\b(LDL|STL)\b", text), name
+        if "dequantize" in str(cubin):
+            assert "STG.E.128" in text, name
         if "product_kernel" in name:
             assert all(re.search(rf"\b{op}\b", text) for op in ("HMMA", "LDSM", "LDGSTS")), name

@@ -98,6 +98,21 @@ struct ZoDenseLinear {
   const float* noise_scale;  // [N, K] or null
 };
 
+struct Dequantize {
+  const void* codes;  // as in ZoLinear; dense: of code_dtype
+  const void* scale;
+  const void* offset;
+  const float* nested;
+  Format format;
+  DType scale_dtype, code_dtype;
+  int64_t N, K, group_size;
+  void* out;  // [rows, K] contiguous
+  DType dtype;
+  int64_t row_start, rows;
+  void* stream;
+};
+
+ZO_ENTRY const char* dequantize(const Dequantize&);
 ZO_ENTRY const char* zo_linear(const ZoLinear&);
 ZO_ENTRY int64_t zo_linear_workspace(const ZoLinear&);
 ZO_ENTRY const char* zo_dense_linear(const ZoDenseLinear&);

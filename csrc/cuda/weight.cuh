@@ -101,18 +101,19 @@ ZO_DEVICE Four four_codes(const Stored& w, int n, int k) {
   return {{*(const uint32_t*)word, *(const uint32_t*)(word + 16)}, n / 8 % 2 + column % 16 / 8 * 2};
 }
 
-// D(W)[n, k .. k + 3] in fp32, the bits of reference.dequantize, for a 4-bit format; n < N, k a multiple of 4 below K.
-// `table` is w.table in shared memory. An offset is added in one rounding: an exact FMA but for offsets of less than
-// 2^-52 of the weight.
+// D(W) of a code whose value in the table is c, the bits of reference.dequantize in fp32. An offset is added in one
+// rounding; the reference adds in fp64 first, which is the same but for offsets of less than 2^-52 of the weight.
+ZO_DEVICE float weight_of(const Stored& w, float c, float scale, float offset) {
+  return w.offset ? fmaf(c + 8.0f, scale, offset) : c * scale;
+}
+
+// D(W)[n, k .. k + 3] for a 4-bit format; n < N, k a multiple of 4 below K. `table` is w.table in shared memory.
 ZO_DEVICE void four_weights(const Stored& w, const float* table, int n, int k, float (&v)[4]) {
   const Four four = four_codes(w, n, k);
   const int group = k / w.group_size;
   const float scale = scale_at(w, n, group), offset = offset_at(w, n, group);
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const float c = table[four.code(i)];
-    v[i] = w.offset ? fmaf(c + 8.0f, scale, offset) : c * scale;
-  }
+  for (int i = 0; i < 4; i++) v[i] = weight_of(w, table[four.code(i)], scale, offset);
 }
 
 }  // namespace

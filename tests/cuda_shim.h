@@ -9,8 +9,10 @@
 //   shared    starts as NaN in every block, and bytes behind its end must stay as they were
 //
 // What cannot be right ends the launch with a message: a barrier that not all threads reach, a collective that a part
-// of a warp calls, an address without the alignment that an instruction asks for. There is no memory model, no clock.
+// of a warp calls, an address without the alignment that an instruction asks for, one in a page that nobody may touch.
+// There is no memory model, no clock.
 #pragma once
+#include <signal.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -69,6 +71,7 @@ inline Fiber* current;
 inline std::string error;
 inline std::vector<char> memory;  // shared, aligned by hand, and a fence behind it
 inline size_t shared_bytes;
+inline std::vector<size_t> launches;  // shared_bytes of each, until someone asks
 inline const std::function<void()>* body;
 
 inline char* shared_memory() { return (char*)(((uintptr_t)memory.data() + 127) / 128 * 128); }
@@ -202,6 +205,9 @@ inline void run_block(std::mt19937& random) {
     error = "a write behind the end of shared memory";
 }
 
+// A fiber touched a page that is none of its tensors' (tests/cuda_fence.py).
+inline void outside(int) { fail("a read or a write outside of a tensor"); }
+
 inline const char* launch(dim3 grid, int threads, size_t shared, const std::function<void()>& kernel) {
   static std::string message;
   error.clear();
@@ -211,7 +217,11 @@ inline const char* launch(dim3 grid, int threads, size_t shared, const std::func
   fibers.resize(threads);
   for (Fiber& fiber : fibers) fiber.stack.resize(STACK);
   memory.resize(shared + FENCE + 128);
+  launches.push_back(shared);
   shared_bytes = shared, body = &kernel, gridDim = grid, blockDim = dim3(threads);
+  struct sigaction before, stop = {};
+  stop.sa_handler = outside, stop.sa_flags = SA_NODEFER;
+  sigaction(SIGSEGV, &stop, &before);
   std::mt19937 random(0);
   for (unsigned z = 0; z < grid.z && error.empty(); z++)
     for (unsigned y = 0; y < grid.y && error.empty(); y++)
@@ -219,6 +229,7 @@ inline const char* launch(dim3 grid, int threads, size_t shared, const std::func
         blockIdx = dim3(x, y, z);
         run_block(random);
       }
+  sigaction(SIGSEGV, &before, nullptr);
   message = error;
   return message.empty() ? nullptr : message.c_str();
 }

@@ -38,7 +38,7 @@ ZO_HD constexpr int product_bytes() {
   return STAGES * stage_bytes<FORMAT, MT>() + 16 * (int)sizeof(float);  // and the table of a codebook
 }
 
-// Blocks of k on their way to a stage: a 4-bit code's 16 bytes a lane, or the rows of a dense weight; and the rows of x.
+// Blocks of k on their way to a stage: 16 bytes of 4-bit codes a lane, or the rows of a dense W; and the rows of x.
 template <Format FORMAT, int MT>
 struct Copies {
   RowCopies<8 * MT> x;

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_fence import fenced
+from cuda_fence import fenced, span
 from torch import Tensor
 
 from zoact_kernels import layouts
@@ -29,6 +29,7 @@ FLAGS = (
     "-std=c++17 -O1 -g0 -shared -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas"
     " -Wno-unused-function"
 ).split()
+SANITIZERS = "-g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all".split()
 MODES = tuple(itertools.product(("ascending", "descending", "random"), ("late", "early")))
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
@@ -146,6 +147,7 @@ class Lane:
         sources = [str(csrc / f"cuda/{stem}.cu") for stem in stems]
         subprocess.run([*command, "-x", "c++", *sources, str(HERE / "cuda_driver.cpp"), "-o", str(target)], check=True)
         self.library = ctypes.CDLL(str(target))
+        self.record: Path | None = None  # a folder that takes the calls, for cuda_sanitize_driver.cpp
         self.mode()
 
     def mode(self, order: str = "ascending", delivery: str = "late") -> Lane:
@@ -159,8 +161,11 @@ class Lane:
         assert count <= len(shared)
         return list(shared)[:count]
 
-    def call(self, name: str, problem: Struct) -> None:
-        """Calls the launcher with copies of the problem's tensors between fences."""
+    def call(self, name: str, problem: Struct, behind: dict[int, Tensor] | None = None) -> None:
+        """Calls the launcher with copies of the problem's tensors between fences.
+
+        `behind`: address -> tensor of copies that tables of pointers lead to.
+        """
         function = getattr(self.library, name)
         function.restype = ctypes.c_char_p
         tensors = {field: t for field, t in problem.tensors.items() if t.numel()}
@@ -168,6 +173,8 @@ class Lane:
         with fenced(alignments) as copies:
             for field, tensor in tensors.items():
                 setattr(problem, field, copies[tensor.data_ptr()])
+            if self.record:
+                record(self.record, name, problem, {copies[t.data_ptr()]: t for t in tensors.values()} | (behind or {}))
             if message := function(ctypes.byref(problem)):
                 raise RuntimeError(message.decode())
 
@@ -203,7 +210,8 @@ class Lane:
                 weights_per_layer=weights.dim() == 2, noise=NOISES[noise], rule=RULES[rule], hyper=hyper, skip=skip,
                 stream=None,
             )  # fmt: skip
-            self.call("zo_update", problem)
+            behind = {copies[t.data_ptr()]: t for t in (*coeffs, *exp_avgs, *exp_avg_sqs) if t.numel()}
+            self.call("zo_update", problem, behind)
 
     def zo_linear(
         self, x, weight=None, scale=None, offset=None, nested=None, bias=None, base_basis=None, base_coeff=None,
@@ -257,6 +265,40 @@ class Lane:
         assert noise_on == "weight"
         dense = {name: arguments.pop(name, None) for name in DIRECTION} | dict(mask=MASKS[mask])
         return self.zo_linear(**arguments, dense=dense)
+
+
+def record(folder: Path, name: str, problem: Struct, copies: dict[int, Tensor]) -> None:
+    """Writes a call: its struct, the buffers at the addresses `copies` and where pointers to them are stored."""
+    buffers = {address: ctypes.string_at(address, span(tensor)) for address, tensor in copies.items()}
+    index = {address: number for number, address in enumerate(buffers)}
+    pointers = []
+    for where, content in [(-1, bytes(problem)), *enumerate(buffers.values())]:
+        for offset in range(0, len(content) - 7, 8):
+            target = index.get(int.from_bytes(content[offset : offset + 8], "little"))
+            if target is not None:
+                pointers.append((where, offset, target))
+
+    def numbers(*values: int) -> bytes:
+        return b"".join(value.to_bytes(8, "little", signed=True) for value in values)
+
+    parts = [numbers(len(name)), name.encode(), numbers(len(bytes(problem))), bytes(problem), numbers(len(buffers))]
+    for address, content in buffers.items():
+        parts += [numbers(address % 16, len(content)), content]
+    parts += [numbers(len(pointers)), *(numbers(*pointer) for pointer in pointers)]
+    (folder / f"{len(list(folder.iterdir()))}.call").write_bytes(b"".join(parts))
+
+
+def sanitized(folder: Path, csrc: Path = CSRC) -> Path:
+    """The driver of recorded calls, built under sanitizers; skips where the compiler has none."""
+    driver = folder / "sanitized"
+    sources = [str(source) for source in sorted((csrc / "cuda").glob("*.cu"))]
+    flags = [flag for flag in FLAGS if flag not in ("-shared", "-g0")]
+    command = ["c++", *flags, *SANITIZERS, f"-I{HERE}", "-x", "c++", *sources, str(HERE / "cuda_sanitize_driver.cpp")]
+    run = subprocess.run([*command, "-o", str(driver)], text=True, capture_output=True)
+    if run.returncode and "sanitize" in run.stderr:
+        pytest.skip("no compiler with AddressSanitizer")
+    assert run.returncode == 0, run.stderr
+    return driver
 
 
 def planted(csrc: Path, folder: Path, file: str, text: str, fault: str) -> Path:

@@ -14,6 +14,9 @@
 #pragma once
 #include <signal.h>
 #include <ucontext.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -46,7 +49,22 @@ struct Mode {
 inline Mode mode;
 
 constexpr int LANES = 32;
-constexpr size_t STACK = 64 << 10, SLOT = 64, FENCE = 4096, MOST_SHARED = 227 << 10;
+// AddressSanitizer has to know on which stack the program goes on, and needs larger ones.
+#ifdef __SANITIZE_ADDRESS__
+inline void start_switch(void** fake, const void* bottom, size_t size) {
+  __sanitizer_start_switch_fiber(fake, bottom, size);
+}
+inline void finish_switch(void* fake, const void** bottom, size_t* size) {
+  __sanitizer_finish_switch_fiber(fake, bottom, size);
+}
+constexpr size_t STACK = 512 << 10;
+#else
+inline void start_switch(void**, const void*, size_t) {}
+inline void finish_switch(void*, const void**, size_t*) {}
+constexpr size_t STACK = 64 << 10;
+#endif
+
+constexpr size_t SLOT = 64, FENCE = 4096, MOST_SHARED = 227 << 10;
 constexpr unsigned char NAN_BYTE = 0xff;  // of fp32, bf16 and fp16 alike
 
 enum class State { ready, block_barrier, warp_barrier, done };
@@ -59,6 +77,7 @@ struct Copy {
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
+  void* fake = nullptr;                   // of AddressSanitizer, while it waits
   State state;
   const char* collective;                 // what it waits in
   std::vector<std::vector<Copy>> groups;  // of copies, oldest first; the last one is open
@@ -67,6 +86,8 @@ struct Fiber {
 
 inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
+inline const void* scheduler_stack;  // as AddressSanitizer tells
+inline size_t scheduler_size;
 inline Fiber* current;
 inline std::string error;
 inline std::vector<char> memory;  // shared, aligned by hand, and a fence behind it
@@ -78,15 +99,23 @@ inline char* shared_memory() { return (char*)(((uintptr_t)memory.data() + 127) /
 
 inline void wait(State state, const char* what) {
   current->state = state, current->collective = what;
+  start_switch(&current->fake, scheduler_stack, scheduler_size);
   swapcontext(&current->context, &scheduler);
+  finish_switch(current->fake, &scheduler_stack, &scheduler_size);
+}
+
+// Back to the scheduler for good.
+[[noreturn]] inline void leave() {
+  start_switch(nullptr, scheduler_stack, scheduler_size);
+  setcontext(&scheduler);
+  abort();
 }
 
 // Ends the launch; called by a fiber, does not return.
 [[noreturn]] inline void fail(const std::string& why) {
   error = "block " + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + "," + std::to_string(blockIdx.z) +
           " thread " + std::to_string(threadIdx.x) + ": " + why;
-  setcontext(&scheduler);
-  abort();
+  leave();
 }
 
 inline void aligned(const void* p, uintptr_t bytes, const char* what) {
@@ -128,9 +157,10 @@ inline void async_wait(size_t pending) {
 }
 
 inline void enter() {
+  finish_switch(nullptr, &scheduler_stack, &scheduler_size);
   (*body)();
   current->state = State::done;
-  setcontext(&scheduler);
+  leave();
 }
 
 // Lets fibers `begin` .. `end` - 1 go on if all of them wait in `state`; true if they did.
@@ -164,7 +194,10 @@ inline bool run_warp(size_t warp, const std::vector<size_t>& lanes, bool& progre
     if (current->state != State::ready) continue;
     progress = true;
     threadIdx = dim3(warp + lane);
+    void* fake = nullptr;
+    start_switch(&fake, current->stack.data(), current->stack.size());
     swapcontext(&scheduler, &current->context);
+    finish_switch(fake, nullptr, nullptr);
     if (!error.empty()) return false;
   }
   return release(warp, warp + LANES, State::warp_barrier);

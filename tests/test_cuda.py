@@ -8,6 +8,7 @@ import copy
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import cuda_code as code
@@ -32,7 +33,7 @@ from cases import (
     weight_arguments,
 )
 from close import assert_no_worse
-from cuda_lane import CSRC, MODES, PADDING, Lane, planted, takes
+from cuda_lane import CSRC, MODES, PADDING, Lane, planted, sanitized, takes
 from test_dequantize import same_bits
 from torch import Tensor
 
@@ -355,6 +356,40 @@ def test_planted_faults_are_caught(lane: Lane, tmp_path: Path, fault: str) -> No
             outcomes.append(False)
             assert re.search("barrier|wait|NaN|shared|aligned|multiple|warp|outside of a tensor", str(error))
     assert not all(outcomes), f"{fault}: not noticed in any mode"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sanitizers
+
+
+@pytest.mark.soak
+def test_sanitized(lane: Lane, tmp_path: Path) -> None:
+    """A few calls of every op without Python, under AddressSanitizer and UBSan; and a fault that they see."""
+    calls = tmp_path / "calls"
+    calls.mkdir()
+    lane.mode().record = calls
+    try:
+        for weight in ("int4-g32", "nf4-g64-nested", "dense-f16", "none"):
+            lane.zo_linear(**example(5, 33, 200, F16, weight))
+            lane.zo_dense_linear(**dense_example(5, 33, 200, F16, weight, mask="magnitude", mask_value=torch.ones(1)))
+        lane.zo_linear(**example(2, 20, 1100, BF16))
+        lane.zo_dense_linear(**dense_example(2, 20, 1100, BF16, noise="rademacher"))
+        lane.dequantize(stored("int4-g32", 33, 100), torch.empty(20, 100), 7)
+        for case in perturb.CASES[::7]:
+            p = perturb.problem(case)
+            lane.zo_perturb_(*p.arguments())
+        for case in update.CASES[::7]:
+            lane.zo_update_(*update.problem(case).arguments())
+    finally:
+        lane.record = None
+    files = sorted(map(str, calls.iterdir()))
+    run = subprocess.run([sanitized(tmp_path), *files], text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.strip() == f"{len(files)} calls"
+    broken = sanitized(tmp_path, planted(CSRC, tmp_path, *FAULTS["a scale of a row that is not there"]))
+    run = subprocess.run([broken, *files], text=True, capture_output=True)
+    assert run.returncode != 0
+    assert "heap-buffer-overflow" in run.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -93,6 +93,7 @@ def smoke_plan() -> Iterator[Job]:
 
 
 PLANS = {"gpu": gpu_plan, "smoke": smoke_plan}
+ROUNDS = {"gpu": None, "smoke": 3}
 
 
 def jobs(plan: str, device: str) -> list[Job]:
@@ -127,7 +128,7 @@ def work(options: argparse.Namespace) -> None:
         if job.size is not None:
             say("@", number, "step")
             try:
-                rows = gpu_step.measure(job.size, options.device)
+                rows = gpu_step.measure(job.size, options.device, ROUNDS[options.plan])
             except Exception as error:
                 note = f"{type(error).__name__}: {error}"[:500]
                 write({"failed": str(job), "note": note})
@@ -141,7 +142,7 @@ def work(options: argparse.Namespace) -> None:
         assert job.case is not None
         names = [name for name in job.names if name not in without and f"{number}:{name}" not in without]
         starting = lambda name, number=number: say("@", number, name)  # noqa: E731
-        for row in measure(job.case, names, limits, True, starting):
+        for row in measure(job.case, names, limits, True, ROUNDS[options.plan], starting):
             write(row)
             if row["status"] != "unsupported":
                 say(f"{job}  {row['provider']:>17}  {_brief(row, 'over_ours', 'ours')}")

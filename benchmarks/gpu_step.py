@@ -195,7 +195,7 @@ def held_and_peak(call: Callable[[], Any], device: str) -> tuple[int | None, int
     return before, memory.highest() if reset else None
 
 
-def measure(size: Size, device: str, plain: bool = False) -> list[dict[str, Any]]:
+def measure(size: Size, device: str, rounds: int | None = None, plain: bool = False) -> list[dict[str, Any]]:
     """A row for each of the four; ratios round by round to the floor of the same kind."""
     with torch.no_grad():
         subject = Subject(size, device, plain)
@@ -204,7 +204,7 @@ def measure(size: Size, device: str, plain: bool = False) -> list[dict[str, Any]
             call()  # libraries compile and allocate at the first call
         peaks = {name: held_and_peak(call, device) for name, call in calls.items()}
         timed: dict[str, Callable[[int], Any]] = {name: lambda i, f=f: f() for name, f in calls.items()}
-        times = interleaved(timed, 1, 2, device, rounds=15, budget=20)
+        times = interleaved(timed, 1, 2, device, rounds or 15, budget=20)
         graphs: dict[str, Callable[[int], Any]] = {}
         notes: dict[str, str] = {}
         for name, call in (("step graph", subject.step_on_device), ("floor graph", subject.floor)):
@@ -214,7 +214,7 @@ def measure(size: Size, device: str, plain: bool = False) -> list[dict[str, Any]
             except Exception as error:
                 notes[name] = f"not captured: {type(error).__name__}: {error}"[:300]
                 synchronize(device)
-        times |= interleaved(graphs, 1, 2, device, rounds=15, budget=20)
+        times |= interleaved(graphs, 1, 2, device, rounds or 15, budget=20)
     rows = []
     for name in ("step", "floor", "step graph", "floor graph"):
         row: dict[str, Any] = {

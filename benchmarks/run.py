@@ -38,6 +38,7 @@ def measure(
     names: Sequence[str],
     limits: dict[str, float],
     graphs: bool = False,
+    rounds: int | None = None,
     starting: Callable[[str], None] = lambda name: None,
 ) -> list[dict[str, Any]]:
     """Rows of one case, ours first.
@@ -84,8 +85,8 @@ def measure(
                     row["note"] = f"not captured: {type(error).__name__}: {error}"[:300]
                     synchronize(case.device)
         starting("timing")
-        eager = interleaved(calls, len(data.ring), case.threads, case.device)
-        replayed = interleaved(replays, 1, case.threads, case.device)
+        eager = interleaved(calls, len(data.ring), case.threads, case.device, rounds)
+        replayed = interleaved(replays, 1, case.threads, case.device, rounds)
         times = {name: taken.over(len(data.ring)) for name, taken in replayed.items()}
     load = os.getloadavg()[0]
     for name, row in rows.items():

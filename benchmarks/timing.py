@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -199,11 +200,10 @@ def roof(device: str = "cpu") -> dict[str, float]:
 def _gpu() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties()
     query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,utilization.gpu"
-    try:
-        told = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv"], capture_output=True, text=True)
-        state = told.stdout.strip().splitlines()
-    except OSError:
-        state = []
+    state = []
+    with contextlib.suppress(OSError):
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]
+        state = subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()
     return {
         "gpu": properties.name,
         "arch": f"{properties.major}.{properties.minor}",
@@ -234,9 +234,10 @@ def machine() -> dict[str, Any]:
     else:
         flags = []
     wanted = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    )
+    commit = None
+    with contextlib.suppress(OSError):  # no git
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     packages = ("torch", "triton", "transformers", "bitsandbytes", "onnxruntime", "openvino", "auto-round-lib")
     return {
         "cpu": cpu,
@@ -245,7 +246,7 @@ def machine() -> dict[str, Any]:
         "flags": [flag for flag in wanted if flag in flags],
         "python": platform.python_version(),
         "versions": {name: v for name in packages if (v := version_of(name))},
-        "commit": commit.stdout.strip() or None,
+        "commit": commit,
         "torch_threads": torch.get_num_threads(),
         "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -6,6 +6,7 @@ call changed matter.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -44,8 +45,13 @@ def _noise(case: Case, data: Data, columns: int) -> Tensor:
 
 
 def _set_noise(case: Case, data: Data, columns: int) -> Tensor:
-    data.noise = [rng.noise("normal", SEED, PARAM_ID, case.N, columns).to(case.device)]
+    data.noise = [_drawn(case.N, columns).to(case.device)]
     return data.noise[0].double()
+
+
+@functools.lru_cache(maxsize=1)  # seconds in NumPy for a large layer, and every provider's gate wants the same
+def _drawn(rows: int, columns: int) -> Tensor:
+    return rng.noise("normal", SEED, PARAM_ID, rows, columns)
 
 
 # zo_dense_linear: + and - of one dense direction ----------------------------------------------------------------------

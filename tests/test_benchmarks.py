@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from benchmarks import gpu, gpu_step, report, run, timing
+from benchmarks import gpu, gpu_step, report, run
 from benchmarks.cases import PROFILES, Case, full
 from benchmarks.providers import BARE, OURS, PROVIDERS, Unsupported, make_data, without_side_path
 from benchmarks.timing import Times, interleaved, ratio
@@ -109,9 +109,8 @@ def test_measure_with_graphs() -> None:
     names = ["zoact", "torch unfused", "dense product", "torch compiled peer that is not there"]
     seen: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(timing.ROUNDS, "cpu", 3)
         patch.setattr(run, "make_data", lambda case: make_data(case, ring_bytes=3e5))
-        rows = run.measure(case, names, {}, True, seen.append)
+        rows = run.measure(case, names, {}, True, 3, seen.append)
     assert seen == [*names[:3], "timing"] and [row["provider"] for row in rows] == names[:3]
     for row in rows:
         assert row["status"] == "ok" and row["launch"] == "graph" and row["eager"]["seconds"]["p50"] > 0
@@ -124,8 +123,7 @@ def test_a_failing_provider_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ZeroDivisionError("of a peer")
 
     monkeypatch.setitem(run.PROVIDERS["zo_linear"], "torch dense", broken)
-    monkeypatch.setitem(timing.ROUNDS, "cpu", 3)
-    ours, other = run.measure(SMALL, ["zoact", "torch dense"], {})
+    ours, other = run.measure(SMALL, ["zoact", "torch dense"], {}, rounds=3)
     assert ours["status"] == "ok" and other["status"] == "failed" and other["note"] == "ZeroDivisionError: of a peer"
 
 
@@ -255,11 +253,10 @@ def test_targets_are_judged_by_the_worst_case() -> None:
 
 def test_measure_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows for three row counts become a table, figures and the README's block; the latest row of a case counts."""
-    monkeypatch.setitem(timing.ROUNDS, "cpu", 3)
     roof = {"flops": 1e11, "cache_bandwidth": 1e11, "memory_bandwidth": 1e10}
     rows: list[dict[str, Any]] = []
     for M in (1, 2, 4):
-        rows += run.measure(replace(SMALL, M=M, groups=1), ["zoact", "torch unfused"], roof)
+        rows += run.measure(replace(SMALL, M=M, groups=1), ["zoact", "torch unfused"], roof, rounds=3)
     assert all(row["status"] == "ok" and row["seconds"]["p20"] <= row["seconds"]["p80"] for row in rows)
     machine = {"cpu": "a CPU", "cores": 2, "flags": [], "versions": {}, "commit": None}
     step = {

@@ -30,7 +30,7 @@ import torch
 
 from . import gpu_step, report
 from .cases import GPU_ROWS, GPU_SHAPES, IDEAL, Case, gpu_case, gpu_updates
-from .providers import FORCED, OURS
+from .providers import FORCED, OURS, foreign
 from .run import RESULTS, measure
 from .timing import machine, roof, synchronize
 
@@ -97,7 +97,12 @@ ROUNDS = {"gpu": None, "smoke": 3}
 
 
 def jobs(plan: str, device: str) -> list[Job]:
-    return [replace(job, case=replace(job.case, device=device) if job.case else None) for job in PLANS[plan]()]
+    """The plan on a device, without the implementations of other devices."""
+    found = []
+    for job in PLANS[plan]():
+        names = tuple(name for name in job.names if name not in foreign(device))
+        found.append(replace(job, case=replace(job.case, device=device) if job.case else None, names=names))
+    return found
 
 
 # --- the worker -------------------------------------------------------------------------------------------------------
@@ -255,8 +260,9 @@ def build_kernels(device: str, seconds: float) -> dict[str, Any]:
 
 
 def results_file(device: str) -> Path:
+    """Where a run on this device goes; on the CPU, which only rehearses one, not among the results."""
     if device == "cpu":
-        return RESULTS / "gpu-none.jsonl"
+        return ROOT / "build" / "gpu-none.jsonl"
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     return RESULTS / f"gpu-{name}.jsonl"
 

@@ -162,6 +162,13 @@ def forced(name: str) -> Provider:
 FORCED = tuple(i.name for i in IMPLEMENTATIONS if i.name != "reference")
 
 
+def foreign(device: str) -> list[str]:
+    """Providers of our implementations that belong to other devices."""
+    problem = Problem("zo_linear", device, torch.float32, 1, 64, 64)
+    refusals = {i.name: i.refusal(problem) or "" for i in IMPLEMENTATIONS if i.name in FORCED}
+    return [f"zoact {name}" for name, refusal in refusals.items() if "tensors are on" in refusal]
+
+
 # PyTorch --------------------------------------------------------------------------------------------------------------
 
 

@@ -160,19 +160,19 @@ def peak_bytes(call: Callable[[int], Any], device: str) -> int | None:
     return peak.bytes
 
 
-def roof(device: str = "cpu") -> dict[str, float]:
+def roof(device: str = "cpu", side: int = 8192, elements: int = 1 << 28) -> dict[str, float]:
     """Measured limits: flop/s and bytes/s.
 
-    CPU: of one core, by fp32 fma, from cache (4 MB) and from memory (512 MB); {} without g++. GPU: by a large fp16
-    matrix product and a large copy.
+    CPU: of one core, by fp32 fma, from cache (4 MB) and from memory (512 MB); {} without g++. GPU: by an fp16
+    product of matrices of `side` and a copy of so many fp32 elements.
     """
     if device != "cpu":
-        a = torch.randn(8192, 8192, device=device, dtype=torch.float16)
-        big = torch.empty(1 << 28, device=device)
+        a = torch.randn(side, side, device=device, dtype=torch.float16)
+        big = torch.empty(elements, device=device)
         taken = interleaved({"product": lambda i: a @ a, "copy": lambda i: big.clone()}, 1, 1, device)
         bandwidth = 8.0 * big.numel() / taken["copy"].quantile(0)
         return {
-            "flops": 2.0 * 8192**3 / taken["product"].quantile(0),
+            "flops": 2.0 * side**3 / taken["product"].quantile(0),
             "cache_bandwidth": bandwidth,
             "memory_bandwidth": bandwidth,
         }

@@ -107,7 +107,7 @@ def perturb(case: Case, data: Data) -> Call:
 
 
 def torch_perturb(case: Case, data: Data) -> Call:
-    return lambda i: data.ring[i].weight.add_(_noise(case, data, case.K), alpha=sigma_of(case))
+    return lambda i: data.ring[i].weight.add_(sigma_of(case) * _noise(case, data, case.K))
 
 
 def gate_perturb(case: Case, data: Data, call: Call) -> float:

@@ -214,8 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: torch sees no CUDA device here")
     start = time.time()
-    name = gpu.results_file(options.device).stem
-    out = (options.out or gpu.RESULTS / f"tests-{name}.json").absolute()
+    beside = gpu.results_file(options.device)
+    out = (options.out or beside.with_name(f"tests-{beside.stem}.json")).absolute()
     head = {"machine": machine(), "device": options.device}
     if not options.no_build:
         head["build"] = gpu.build_kernels(options.device, gpu.BUILD_SECONDS)

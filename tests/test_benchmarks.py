@@ -3,18 +3,21 @@ the report is made from results files alone."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from benchmarks import gpu, gpu_step, report, run
+from benchmarks import gpu, gpu_step, report, run, timing
 from benchmarks.cases import PROFILES, Case, full
 from benchmarks.providers import BARE, OURS, PROVIDERS, Unsupported, make_data, without_side_path
 from benchmarks.timing import Times, interleaved, ratio
@@ -142,6 +145,75 @@ def test_aten_on_a_gpu() -> None:
     assert y.shape == (case.M, case.N) and y.dtype == torch.bfloat16 and y.device.type == "cuda"
 
 
+class OnPaper(str):
+    """A device that torch takes for the CPU and the harness for a GPU."""
+
+    def __eq__(self, other: object) -> bool:
+        return other == "cuda"
+
+    def __ne__(self, other: object) -> bool:
+        return other != "cuda"
+
+    def __hash__(self) -> int:
+        return hash("cuda")
+
+
+class CudaOnPaper:
+    """What the harness uses of torch.cuda: events by the clock of the CPU, streams and graphs that do nothing."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.time = 0.0
+
+        def record(self) -> None:
+            self.time = time.perf_counter()
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, other: Any) -> float:
+            return (other.time - self.time) * 1e3
+
+    class Stream:
+        def wait_stream(self, stream: Any) -> None: ...
+
+    class CUDAGraph:
+        def replay(self) -> None:
+            time.sleep(1e-4)
+
+    stream = graph = staticmethod(contextlib.nullcontext)
+    current_stream = staticmethod(lambda: CudaOnPaper.Stream())
+    synchronize = reset_peak_memory_stats = empty_cache = staticmethod(lambda: None)
+    memory_allocated, max_memory_allocated = staticmethod(lambda: 100), staticmethod(lambda: 101)
+    get_device_properties = staticmethod(
+        lambda: SimpleNamespace(name="a card", major=9, minor=0, total_memory=1, multi_processor_count=2)
+    )
+
+
+def test_the_branches_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run here but for the GPU itself, so that no slip of the pen waits for one."""
+    for name in (name for name in vars(CudaOnPaper) if not name.startswith("_")):
+        monkeypatch.setattr(torch.cuda, name, getattr(CudaOnPaper, name))
+    device = OnPaper("cpu")
+    names = ["zoact", "torch unfused", "dense product"]
+    rows = run.measure(replace(SMALL, device=device, dtype="bfloat16"), names, {}, True)
+    assert [row["status"] for row in rows] == ["ok"] * 3
+    assert all(row["launch"] == "graph" and row["peak_bytes"] == 1 and "over_ours" in row for row in rows)
+    steps = gpu_step.measure(gpu_step.SIZES["cpu"][0], device, rounds=3, plain=True)
+    assert [row["gpu_step"] for row in steps] == ["step", "floor", "step graph", "floor graph"]
+    assert all(row["over_floor"]["p50"] > 0 for row in steps) and steps[0]["bytes"] == {"before": 100, "peak": 101}
+    assert timing._gpu()["gpu"] == "a card" and timing._gpu()["arch"] == "9.0"
+    assert timing.roof(device, 32, 4096)["memory_bandwidth"] > 0
+
+    def refuses(*arguments: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuses)
+    ours, theirs = run.measure(replace(SMALL, device=device), names[:2], {}, True)
+    assert ours["launch"] == theirs["launch"] == "eager" and "not captured: RuntimeError" in ours["note"]
+    assert theirs["over_ours"] == theirs["eager"]["over_ours"]
+    assert "not captured" in gpu_step.measure(gpu_step.SIZES["cpu"][0], device, rounds=3, plain=True)[2]["note"]
+
+
 # --- bench-gpu --------------------------------------------------------------------------------------------------------
 
 
@@ -178,7 +250,7 @@ def test_bench_gpu_goes_on_behind_a_crash(tmp_path: Path, monkeypatch: pytest.Mo
     """A provider that kills the worker loses its row, then all its rows; the others keep theirs."""
     told: list[list[str]] = []
     answers = [
-        (0, "zoact triton", "exit -11: "), (2, "zoact triton", "no sign of life"), (3, "step", "exit 1: "),
+        (0, "torch dense", "exit -11: "), (2, "torch dense", "no sign of life"), (3, "step", "exit 1: "),
         (4, "timing", None),
     ]  # fmt: skip
 
@@ -191,7 +263,7 @@ def test_bench_gpu_goes_on_behind_a_crash(tmp_path: Path, monkeypatch: pytest.Mo
     first = [command[command.index("--first") + 1] for command in told]
     without = [{command[i + 1] for i, word in enumerate(command) if word == "--without"} for command in told]
     assert first == ["0", "0", "2", "4"]
-    assert without[:3] == [set(), {"0:zoact triton"}, {"0:zoact triton", "2:zoact triton", "zoact triton"}]
+    assert without[:3] == [set(), {"0:torch dense"}, {"0:torch dense", "2:torch dense", "torch dense"}]
     assert [line["status"] for line in lines if "provider" in line] == ["crashed", "crashed"]
 
 
@@ -225,6 +297,10 @@ def test_the_plan_answers_the_targets_first() -> None:
     every = {(job.case.shape, job.case.dtype, job.case.rank, job.case.M) for job in jobs if job.case}
     assert every >= set(itertools.product(gpu.GPU_SHAPES, ("bfloat16", "float16"), (8, 16), gpu.GPU_ROWS))
     assert {job.case.op for job in jobs if job.case} == set(run.PROVIDERS)
+    assert {"zoact", "zoact triton", "zoact panel", "torch unfused", "torch dense", "dense product"} <= set(
+        jobs[0].names
+    )
+    assert "zoact cpu" not in jobs[0].names and "zoact cpu" in gpu.jobs("smoke", "cpu")[0].names
 
 
 def test_targets_are_judged_by_the_worst_case() -> None:

@@ -58,6 +58,15 @@ def test_refuses_without_a_device() -> None:
     assert told.chosen == "reference"
 
 
+@pytest.mark.parametrize(("arch", "chosen"), [("sm_75", "reference"), ("sm_80", "triton"), ("gfx942", "triton")])
+def test_takes_a_device_that_is_elsewhere(arch: str, chosen: str) -> None:
+    """Dispatch looks at the problem alone, so it tells what another machine would run."""
+    problem = Problem("zo_linear", "cuda", torch.bfloat16, 1, 8, 8, arch=arch)
+    told = explain(problem)
+    assert told.chosen == chosen
+    assert "below sm_80" in told.refusals.get("triton", "below sm_80")
+
+
 @pytest.mark.parametrize("N", [1, 64, 1000, 4096, 11008, 128256])
 @pytest.mark.parametrize("K", [1, 100, 512, 1024, 4096, 14336])
 def test_splits_cover_k(N: int, K: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import Explanation, Problem, choose, explain, implementation, using
+from .dispatch import Explanation, Problem, arch_of, choose, explain, implementation, using
 from .formats import FORMATS, expected_shapes
 
 __all__ = ["Explanation", "Problem", "choose", "explain", "using"]
@@ -200,6 +200,7 @@ def linear_problem(
         S,
         noise if S else "none",
         tuple(features),
+        arch_of(device),
     )
 
 
@@ -351,6 +352,7 @@ def dense_problem(x, weight, scale, offset, nested, bias, seeds, sigmas, param_i
         seeds=S,
         noise=noise if S else "none",
         features=tuple(features),
+        arch=arch_of(device),
     )
 
 
@@ -459,7 +461,7 @@ def _zo_update_(coeffs, exp_avgs, exp_avg_sqs, param_ids, seeds, weights, hyper,
     if row_offsets and len(row_offsets) != L:
         raise ValueError(f"`row_offsets` has {len(row_offsets)} entries; there are {L} coeffs")
     problem = Problem("zo_update_", device.type, torch.float32, N=sum(c.shape[0] for c in coeffs), rank=1,
-                      seeds=S, noise=noise)  # fmt: skip
+                      seeds=S, noise=noise, arch=arch_of(device))  # fmt: skip
     implementation(problem).zo_update_(
         coeffs, exp_avgs, exp_avg_sqs, param_ids, seeds, weights, hyper, skip, rule, noise, row_offsets
     )
@@ -485,7 +487,8 @@ def _zo_perturb_(w, seeds, weights, param_id, basis=None, noise_scale=None, mask
         if features:
             raise ValueError(f"`basis` does not go with {features[0]}: those act on a dense direction")
     problem = Problem("zo_perturb_", device.type, w.dtype, N=w.shape[0], K=w.shape[1], seeds=S, noise=noise,
-                      rank=0 if basis is None else basis.shape[1], features=tuple(features))  # fmt: skip
+                      rank=0 if basis is None else basis.shape[1], features=tuple(features),
+                      arch=arch_of(device))  # fmt: skip
     implementation(problem).zo_perturb_(
         w, seeds, weights, param_id, basis, noise_scale, mask_value, mask_seed, rounding_seed, noise, mask,
         row_offset, cols,
@@ -499,7 +502,8 @@ def _dequantize(weight, scale, offset, nested, format, layout, group_size, out_f
     if row_start < 0 or row_start + count > out_features:
         raise ValueError(f"`row_start` {row_start} and `rows` {rows} leave the weight's {out_features} rows")
     problem = Problem("dequantize", weight.device.type, dtype, 0, out_features, in_features, format, layout,
-                      group_size, weight.dtype, None if scale is None else scale.dtype)  # fmt: skip
+                      group_size, weight.dtype, None if scale is None else scale.dtype,
+                      arch=arch_of(weight.device))  # fmt: skip
     return implementation(problem).dequantize(
         weight, scale, offset, nested, format, layout, group_size, out_features, in_features, dtype, row_start, count
     )

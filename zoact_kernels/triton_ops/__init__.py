@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_TRITON = (3, 6)
-OLDEST = (8, 0)  # Triton has no tensor-core products before: they become scalar FMAs that spill
+OLDEST = 80  # sm_80: Triton has no tensor-core products before: they become scalar FMAs that spill
 
 
 def interpreted() -> bool:
@@ -29,18 +29,17 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _missing() -> str | None:
-    """Why kernels cannot run on a "cuda" tensor here; None where they can."""
+def _missing(arch: str) -> str | None:
+    """Why kernels cannot run on a "cuda" tensor of a device `arch`; None where they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install 'zoact_kernels[triton]'"
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA or ROCm device"
     version = importlib.import_module("triton").__version__
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
         return f"Triton {version} is older than {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}"
-    capability = torch.cuda.get_device_capability()
-    if torch.version.hip is None and capability < OLDEST:
-        return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST[0]}.{OLDEST[1]}"
+    if not arch:
+        return "torch finds no CUDA or ROCm device"
+    if arch.startswith("sm_") and int(arch[3:]) < OLDEST:
+        return f"{arch} is below sm_{OLDEST}"
     return None
 
 
@@ -70,7 +69,7 @@ class Triton:
         p = problem
         if p.device != "cuda" and not (p.device == "cpu" and interpreted()):
             return f"tensors are on {p.device}"
-        if p.device == "cuda" and (reason := _missing()) is not None:
+        if p.device == "cuda" and (reason := _missing(p.arch)) is not None:
             return reason
         if p.dtype not in _ACTIVATIONS:
             return f"{p.dtype} is not float32, bfloat16 or float16"

@@ -251,17 +251,17 @@ def call(card: Card, shape: str, M: int, N: int, K: int, table: dict[str, Any]) 
                 for launch in launches
             },
         }  # fmt: skip
-    row["dispatch"] = dispatched(M, N, K)
+    row["dispatch"] = dispatched(M, N, K, card)
     return row
 
 
-def dispatched(M: int, N: int, K: int) -> str:
-    """What the costs of the implementations choose, were there a device."""
+def dispatched(M: int, N: int, K: int, card: Card) -> str:
+    """Which of the Triton ways their costs choose, were there a device."""
     from zoact_kernels.dispatch import Problem, _seconds
 
     problem = Problem(
         "zo_linear", "cuda", torch.bfloat16, M, N, K, "int4", "row", 64, torch.uint8, torch.bfloat16, RANK, 0,
-        GROUPS if M > 1 else 1, 1, "normal",
+        GROUPS if M > 1 else 1, 1, "normal", (), card.target,
     )  # fmt: skip
     return min((Triton(), Panel()), key=lambda implementation: _seconds(implementation, problem)).name
 

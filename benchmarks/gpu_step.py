@@ -2,9 +2,8 @@
 
     step          ZO-Act as a user runs it: + and - in one forward, losses to the host, C updated
     floor         a plain forward of the same rows through the same 4-bit model, its losses left on the device
-    step graph    what of the step runs on the device (forward, losses, weights, update), replayed as a CUDA graph (on
-                  the CPU called as it is)
-    floor graph   the floor, replayed
+    step graph    the step as `StepGraph` replays it: one CUDA graph, its losses to the host
+    floor graph   the floor, captured and replayed; on the CPU both graphs are the calls as they are
 
 Weights are random and 4-bit codes are rounded to nearest: only time and memory count. transformers' Llama where it is
 installed, else the same layers in plain torch below.
@@ -21,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoact_kernels import estimators, memory, methods, ops
-from zoact_kernels.layers import perturbed, zo_layers
+from zoact_kernels import memory, methods
+from zoact_kernels.layers import zo_layers
 from zoact_kernels.losses import Batch, group_losses
+from zoact_kernels.step_graph import StepGraph
 from zoact_kernels.swap import ZOConfig, swap
 
 from .timing import captured, interleaved, ratio, synchronize
@@ -146,10 +146,6 @@ class Subject:
             "completion", ids, torch.ones_like(ids), every, torch.full_like(every, size.T - 1), torch.zeros_like(every)
         )
         self.optimizer = methods.create("zo-act", self.model, sigma=SIGMA, floor_every=0)
-        # The device's half of a step, for a graph: seeds and sigmas as tensors, weights from losses without the host.
-        self.seeds = torch.zeros(1, dtype=torch.int64, device=device)
-        self.sigmas = estimators.group_sigmas("two-sided", 1, SIGMA).to(device)
-        self.weights = torch.zeros(1, device=device)
 
     def _set(self, bases: dict[str, Tensor]) -> None:
         for name, layer in self.layers.items():
@@ -168,31 +164,26 @@ class Subject:
         finally:
             self._set(self.bases)
 
-    def step_on_device(self) -> None:
-        rule = self.optimizer.rule
-        with perturbed(self.model, self.seeds, self.sigmas):
-            plus, minus = self.losses()
-        self.weights.copy_((plus - minus).mean() / (2 * SIGMA))
-        ops.zo_update_(
-            list(rule.coeffs.values()), list(rule.exp_avgs.values()), list(rule.exp_avg_sqs.values()), rule.param_ids,
-            self.seeds, self.weights, rule.hyper, rule.skip, rule.rule, rule.noise,
-        )  # fmt: skip
+    def step_graph(self) -> Callable[[int], Any]:
+        if self.device == "cpu":
+            return lambda i: self.step()
+        graph = StepGraph(self.optimizer, self.batch)
+        return lambda i: graph.step(self.batch)
+
+    def floor_graph(self) -> Callable[[int], Any]:
+        return captured(lambda i: self.floor(), 1, self.device)
 
 
 def held_and_peak(call: Callable[[], Any], device: str) -> tuple[int | None, int | None]:
-    """Bytes alive before the call and at its highest point."""
-    if device != "cpu":
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        synchronize(device)
-        return before, torch.cuda.max_memory_allocated()
-    memory.trim()
-    before = memory.resident()
-    reset = memory.reset_highest()
+    """Bytes alive before the call and at its highest point: of tensors on a GPU, of the process on the CPU."""
+    if device == "cpu":
+        memory.trim()
+    synchronize(device)
+    before = memory.resident(device)
+    reset = memory.reset_highest(device)
     call()
-    return before, memory.highest() if reset else None
+    synchronize(device)
+    return before, memory.highest(device) if reset else None
 
 
 def measure(size: Size, device: str, rounds: int | None = None, plain: bool = False) -> list[dict[str, Any]]:
@@ -207,10 +198,9 @@ def measure(size: Size, device: str, rounds: int | None = None, plain: bool = Fa
         times = interleaved(timed, 1, 2, device, rounds or 15, budget=20)
         graphs: dict[str, Callable[[int], Any]] = {}
         notes: dict[str, str] = {}
-        for name, call in (("step graph", subject.step_on_device), ("floor graph", subject.floor)):
-            call()
+        for name, capture in (("step graph", subject.step_graph), ("floor graph", subject.floor_graph)):
             try:
-                graphs[name] = captured(lambda i, call=call: call(), 1, device)
+                graphs[name] = capture()
             except Exception as error:
                 notes[name] = f"not captured: {type(error).__name__}: {error}"[:300]
                 synchronize(device)

@@ -86,21 +86,40 @@ def moved(arguments: dict[str, Any], device: str) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
 
 
+def layouts(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The arguments with the weight in each layout that it has."""
+    if arguments["weight"] is None:
+        yield arguments
+        return
+    held = PackedWeight(
+        arguments["format"], arguments["layout"], arguments["group_size"], arguments["out_features"],
+        arguments["x"].shape[-1], arguments["weight"], arguments["scale"], arguments["offset"], arguments["nested"],
+    )  # fmt: skip
+    for layout in LAYOUTS:
+        with contextlib.suppress(ValueError):  # the format has no such layout
+            yield arguments | weight_arguments(held.to_layout(layout))
+
+
+def in_some_layout(name: str, arguments: dict[str, Any], call: Callable[..., Tensor]) -> Tensor:
+    """The call by one implementation, its weight in the first layout that this reads; else skipped with its words."""
+    reasons = []
+    for candidate in layouts(arguments):
+        try:
+            with ops.using(name):
+                return call(**candidate)
+        except RuntimeError as error:
+            if not str(error).startswith("no implementation takes"):
+                raise
+            reasons.append(str(error))
+    pytest.skip("; ".join(reasons))
+
+
 def arranged(name: str, device: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a zo_linear call on the device, its weight in the first layout that the implementation reads."""
     filled = dict.fromkeys(OPTIONAL) | moved(arguments, device)
     implementation = next(i for i in IMPLEMENTATIONS if i.name == name)
     refusals = []
-    for layout in LAYOUTS:
-        candidate = filled
-        if filled["weight"] is not None:
-            held = PackedWeight(
-                filled["format"], filled["layout"], filled["group_size"], filled["out_features"],
-                filled["x"].shape[-1], filled["weight"], filled["scale"], filled["offset"], filled["nested"],
-            )  # fmt: skip
-            if held.flat and layout != "row":
-                continue
-            candidate = filled | weight_arguments(held.to_layout(layout))
+    for candidate in layouts(filled):
         reason = implementation.refusal(ops.linear_problem(**candidate))
         if reason is None:
             return candidate
@@ -155,9 +174,7 @@ def test_zo_linear_of_a_real_layer(device: str, name: str, M: int, dtype: str) -
 def test_zo_dense_linear(device: str, name: str, case: Any) -> None:
     torch.manual_seed(0)
     filled = dict.fromkeys(DENSE_OPTIONAL) | dense_arguments(case)
-    there = moved(filled, device)
-    with forced(name):
-        y = ops.zo_dense_linear(**there).cpu()
+    y = in_some_layout(name, moved(filled, device), ops.zo_dense_linear).cpu()
     truth = reference.zo_dense_linear(**filled, compute=torch.float64)
     assert_no_worse(y, reference.zo_dense_linear(**filled), truth)
 
@@ -166,13 +183,13 @@ def test_zo_dense_linear(device: str, name: str, case: Any) -> None:
 def test_dequantize(device: str, name: str, weight: str) -> None:
     packed = stored(weight, 130, 257)
     assert packed is not None
-    there = packed.to(device)
+    there = weight_arguments(packed.to(device)) | dict(x=torch.empty(0, 257, device=device), out_features=130)
     for dtype in DTYPES.values():
-        with forced(name):
-            got = ops.dequantize(
-                there.weight, there.scale, there.offset, there.nested, there.format, there.layout, there.group_size,
-                130, 257, dtype,
-            )  # fmt: skip
+
+        def dequantized(x: Tensor, dtype: torch.dtype = dtype, **weight: Any) -> Tensor:
+            return ops.dequantize(**weight, in_features=257, dtype=dtype)
+
+        got = in_some_layout(name, there, dequantized)
         assert torch.equal(got.cpu().view(torch.uint8), packed.dequantize(dtype).view(torch.uint8))
 
 

@@ -106,9 +106,9 @@ class Launch:
     def bounds(self, card: Card) -> dict[str, float]:
         """Seconds, by what bounds."""
         found = {"bytes": self.bytes / card.bandwidth, "flops": self.flops / card.flops}
-        if self.code and self.steps and self.code["lines_of_k_loop"]:
+        if self.code and self.steps and loop_length(self.code):
             busiest = math.ceil(self.programs / card.multiprocessors)
-            cycles = busiest * self.steps * self.code["lines_of_k_loop"] * self.code["threads"] / 32 / 4
+            cycles = busiest * self.steps * loop_length(self.code) * self.code["threads"] / 32 / 4
             found["issue"] = cycles / card.clock
             if self.stage:
                 held, _ = occupancy(self.code["registers"], self.code["threads"], self.code["shared"], card)
@@ -118,6 +118,16 @@ class Launch:
 
     def seconds(self, card: Card) -> float:
         return max(self.bounds(card).values())
+
+
+def loop_length(code: dict[str, Any]) -> int:
+    """Instructions of the K loop; a table that counted lines of it has its few labels too."""
+    return code.get("instructions_of_k_loop", code.get("lines_of_k_loop", 0))
+
+
+def tile_of(M: int, N: int, K: int, card: Card) -> tiles.Tile:
+    """The tile of an int4 product with bf16 x."""
+    return tiles.linear_tile(torch.bfloat16, M)
 
 
 def weight_bytes(N: int, K: int) -> float:
@@ -139,7 +149,7 @@ def project(M: int, K: int, R: int, codes: dict[str, Any]) -> Launch:
 
 def triton(M: int, N: int, K: int, R: int, card: Card, table: dict[str, Any]) -> list[Launch]:
     """The launches of the Triton zo_linear, int4 and bf16."""
-    tile = tiles.linear_tile(torch.bfloat16, M)
+    tile = tile_of(M, N, K, card)
     count, size = tiles.splits(N, K)
     codes = machine_code(table, tile.BM, count > 1, card.target)
     beside = count > 1 and M <= tile.BM
@@ -163,7 +173,7 @@ def triton(M: int, N: int, K: int, R: int, card: Card, table: dict[str, Any]) ->
 
 def panel(M: int, N: int, K: int, R: int, card: Card, table: dict[str, Any]) -> list[Launch]:
     """Dequantise, the vendor's GEMM to fp32 sums, finish."""
-    codes = machine_code(table, tiles.linear_tile(torch.bfloat16, M).BM, True, card.target)
+    codes = machine_code(table, tile_of(M, N, K, card).BM, True, card.target)
     return [
         project(M, K, R, codes),
         Launch("dequantise", 0, weight_bytes(N, K) + HALF * N * K),

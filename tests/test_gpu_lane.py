@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gpu_lane
 import pytest
@@ -28,7 +29,7 @@ def test_teardown(broken): pass
 """
 
 
-def outcomes(folder: Path, source: str, seconds: float = 60, shares: int = 2) -> dict:
+def outcomes(folder: Path, source: str, seconds: float = 600, shares: int = 2) -> dict:
     (folder / "test_sample.py").write_text(source)
     result = gpu_lane.run_all(
         [folder / "test_sample.py"], shares, time.time() + seconds, folder / "out.json", {"device": "none"}
@@ -53,18 +54,26 @@ def test_every_outcome_is_told(tmp_path: Path, shares: int) -> None:
     assert any("no such thing here" in reason for reason in result["skipped"])
 
 
+def jump(monkeypatch: pytest.MonkeyPatch, mark: Path, seconds: float) -> str:
+    """The lane's clock leaps once `mark` is there; returns a test that makes it after it was heard of, and hangs."""
+    clock = SimpleNamespace(sleep=time.sleep, time=lambda: time.time() + seconds * mark.exists())
+    monkeypatch.setattr(gpu_lane, "time", clock)
+    body = f"time.sleep(2); pathlib.Path({str(mark)!r}).touch(); time.sleep(999)"
+    return f"import pathlib, time\ndef test_hang(): {body}\n"
+
+
 def test_a_hang_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_lane, "STALL_SECONDS", 4)
-    result = outcomes(tmp_path, "import time\ndef test_hang(): time.sleep(99)\ndef test_behind(): pass\n", shares=1)
+    source = jump(monkeypatch, tmp_path / "mark", gpu_lane.STALL_SECONDS + 1)
+    result = outcomes(tmp_path, f"{source}def test_behind(): pass\n", shares=1)
     assert [outcome for outcome, _ in result["tests"].values()] == ["passed", "crashed"]
-    assert result["failed"][0]["why"] == "no sign of life for 4 s"
+    assert result["failed"][0]["why"] == "no sign of life for 200 s"
 
 
-def test_time_is_up(tmp_path: Path) -> None:
-    source = "import time\ndef test_first(): pass\ndef test_long(): time.sleep(99)\ndef test_last(): pass\n"
-    result = outcomes(tmp_path, source, seconds=6, shares=1)
+def test_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = jump(monkeypatch, tmp_path / "mark", 9999)
+    result = outcomes(tmp_path, f"def test_first(): pass\n{source}def test_last(): pass\n", shares=1)
     assert result["counts"] == {"passed": 1, "not run": 2}
-    assert [nodeid.split("::")[1] for nodeid in result["not_run"]] == ["test_last", "test_long"]
+    assert [nodeid.split("::")[1] for nodeid in result["not_run"]] == ["test_hang", "test_last"]
 
 
 def test_a_file_that_does_not_import_is_a_failure(tmp_path: Path) -> None:

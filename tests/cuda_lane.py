@@ -36,6 +36,7 @@ NOISES = {"none": 0, "normal": 1, "rademacher": 2}
 MASKS = {"none": 0, "magnitude": 1, "random": 2}
 RULES = {"sgd": 0, "momentum": 1, "adam": 2, "adamw": 3}
 PADDING = {"int4": 8, "nf4": 7, "fp4": 0}
+DIRECTION = ("mask_value", "mask_seed", "noise_scale")  # of a dense direction
 
 
 class Struct(ctypes.Structure):
@@ -111,6 +112,25 @@ ZoLinear = struct(
     """,
 )
 
+ZoDenseLinear = type(
+    "ZoDenseLinear",
+    (Struct,),
+    {"_fields_": [*ZoLinear._fields_, ("mask", c_int32), *((n, c_void_p) for n in DIRECTION)]},
+)
+
+Dequantize = struct(
+    "Dequantize",
+    """
+    pointer: codes scale offset nested
+    enum: format scale_dtype code_dtype
+    int64: N K group_size
+    pointer: out
+    enum: dtype
+    int64: row_start rows
+    pointer: stream
+    """,
+)
+
 
 class Lane:
     """The kernels `stems` of `csrc` compiled for the host into `folder`."""
@@ -173,8 +193,12 @@ class Lane:
         self, x, weight=None, scale=None, offset=None, nested=None, bias=None, base_basis=None, base_coeff=None,
         basis=None, coeff=None, coeff_groups=None, projected=None, seeds=None, sigmas=None, param_id=None,
         format="dense", layout="row", group_size=-1, out_features=0, noise="normal", groups=1, row_offset=0, cols=0,
+        dense=None,
     ) -> Tensor:  # fmt: skip
-        """`weight` comes in layout `row` and goes in layout `cuda`; rows of x are padded to 16 bytes."""
+        """`weight` comes in layout `row` and goes in layout `cuda`; rows of x are padded to 16 bytes.
+
+        `dense`: the fields of ZoDenseLinear beyond these, and zo_dense_linear is called.
+        """
         M, K = x.shape
         rows = torch.full((M, -(-K // 8) * 8 + 8), float("nan"), dtype=x.dtype)  # what lies behind K is not read
         rows[:, :K] = x
@@ -191,15 +215,34 @@ class Lane:
             basis_per_group=basis is not None and basis.dim() == 3, coeff=coeff, coeff_groups=coeff_groups,
             projected=projected, R=rank, seeds=seeds, sigmas=sigmas, S=0 if seeds is None else seeds.numel(),
             noise=NOISES["none" if seeds is None else noise], param_id=param_id, row_offset=row_offset,
-            cols=cols or rank, G=groups, workspace=None, stream=None,
-        )  # fmt: skip
-        size = self.library.zo_linear_workspace
+            cols=cols or rank or K, G=groups, workspace=None, stream=None,
+        ) | (dense or {})  # fmt: skip
+        name, kind = ("zo_linear", ZoLinear) if dense is None else ("zo_dense_linear", ZoDenseLinear)
+        size = getattr(self.library, f"{name}_workspace")
         size.restype = c_int64
-        floats = size(ctypes.byref(ZoLinear(**fields)))
+        floats = size(ctypes.byref(kind(**fields)))
         room = torch.full((floats + 64,), float("nan"))
-        self.call("zo_linear", ZoLinear(**fields | dict(workspace=room)))
+        self.call(name, kind(**fields | dict(workspace=room)))
         assert room[floats:].isnan().all(), "a write behind the workspace"
         return y
+
+    def dequantize(self, packed: PackedWeight, out: Tensor, row_start: int = 0) -> None:
+        """Rows row_start .. of `packed`, in layout `row`, into out [rows, K]."""
+        K, weight, scale = packed.in_features, packed.weight, packed.scale
+        if packed.format in PADDING:
+            weight = layouts.to_fragments(weight, K, PADDING[packed.format])
+        problem = Dequantize(
+            codes=weight, scale=scale, offset=packed.offset, nested=packed.nested, format=FORMATS[packed.format],
+            scale_dtype=0 if scale is None else DTYPES[scale.dtype], code_dtype=DTYPES.get(weight.dtype, 0),
+            N=packed.out_features, K=K, group_size=packed.group_size if packed.group_size > 0 else max(K, 1),
+            out=out, dtype=DTYPES[out.dtype], row_start=row_start, rows=out.shape[0], stream=None,
+        )  # fmt: skip
+        self.call("dequantize", problem)
+
+    def zo_dense_linear(self, mask="none", noise_on="weight", **arguments: Any) -> Tensor:
+        assert noise_on == "weight"
+        dense = {name: arguments.pop(name, None) for name in DIRECTION} | dict(mask=MASKS[mask])
+        return self.zo_linear(**arguments, dense=dense)
 
 
 def planted(csrc: Path, folder: Path, file: str, text: str, fault: str) -> Path:

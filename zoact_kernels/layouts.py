@@ -86,7 +86,7 @@ FRAGMENT_ROWS, FRAGMENT_K = 16, 64  # a tile of layout `cuda`: 512 bytes
 
 
 def to_fragments(packed: Tensor, K: int, padding: int) -> Tensor:
-    """uint8 [N, ceil(K / 2)] -> uint8 [tiles of N, tiles of K, 512]: layout `cuda` of csrc/cuda/zo_linear.cu.
+    """uint8 [N, ceil(K / 2)] -> uint8 [tiles of N, tiles of K, 512]: layout `cuda` of csrc/cuda/weight.cuh.
 
     Lane 4 g + t of a warp owns 16 bytes of a tile of 16 rows x 64 k. Word i of them is the left operand of the tensor
     core for k = 16 i ..: nibble j + 4 h is row g + 8 (j & 1), k = 2 t + 8 (j >> 1) + h.

@@ -80,16 +80,14 @@ def test_refusals(lane: Lane) -> None:
         lane.zo_perturb_(p.w, p.seeds, p.weights, p.param_id, p.basis, mask="random")
     x = activations(3, 64, F16)
     with pytest.raises(RuntimeError, match="`x` is not float16 or bfloat16"):
-        lane.zo_linear(x.float(), out_features=4)
+        lane.zo_linear(x=x.float(), out_features=4)
     for name, K, message in (
         ("int4-g40-bf16", 64, "`group_size` is not a multiple of 32"),
         ("int8-row", 64, "int8 weights have no CUDA kernel"),
         ("dense-f16", 63, "K to be a multiple of 8"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            lane.zo_linear(x[:, :K], **weight_arguments(stored(name, 4, K)), out_features=4)
-    with pytest.raises(RuntimeError, match="a dense direction has no basis"):
-        lane.zo_dense_linear(x=x, out_features=4, basis=torch.zeros(64, 2))
+            lane.zo_linear(x=x[:, :K], **weight_arguments(stored(name, 4, K)), out_features=4)
     with pytest.raises(RuntimeError, match="int8 weights have no CUDA kernel"):
         lane.dequantize(stored("int8-row", 4, 64), torch.zeros(4, 64))
 

@@ -3,6 +3,8 @@
 Layout `cpu` stores any tensor [N, C] as blocks of 64 columns, the last one of what remains rounded up to 16: block
 after block [C, width], so that one load takes the same row of 16 neighbouring columns (outputs of the layer). Lanes are
 outputs then, a product needs no horizontal sums, and every ISA reads the same bytes.
+
+Layout `cuda` stores 4-bit codes in tiles of 16 x 64, each as the tensor cores take it: see `to_fragments`.
 """
 
 from __future__ import annotations
@@ -108,3 +110,15 @@ def from_fragments(tiles: Tensor, N: int, K: int, padding: int) -> Tensor:
     nibbles = unpack_nibbles(tiles.reshape(rows * columns, 512)).view(rows, columns, 8, 4, 4, 2, 2, 2)
     codes = nibbles.permute(0, 7, 2, 1, 4, 6, 3, 5).reshape(rows * FRAGMENT_ROWS, columns * FRAGMENT_K)
     return pack_nibbles(codes[:N, :K], padding)
+
+
+def take_fragments(tiles: Tensor, rows: Tensor, K: int) -> Tensor:
+    """uint8 codes [n, K] of the rows `rows` (integers [n]) of what `to_fragments` stored.
+
+    Row r of a tile lies in the 64 bytes of lanes 4 (r % 8) .. + 3: in the low nibbles for r < 8, else in the high ones.
+    """
+    columns = tiles.shape[1]
+    lanes = tiles.view(-1, columns, 8, 64)[rows // FRAGMENT_ROWS, :, rows % 8]
+    high = (rows % FRAGMENT_ROWS >= 8).view(-1, 1, 1)
+    nibbles = torch.where(high, lanes >> 4, lanes & 15).view(-1, columns, 4, 4, 2, 2)  # t; i, h, j >> 1
+    return nibbles.permute(0, 1, 3, 5, 2, 4).reshape(-1, columns * FRAGMENT_K)[:, :K]

@@ -152,7 +152,7 @@ def test_dispatch_is_pure_explained_and_forced():
         assert explain(problem).chosen == "reference"
         assert ops.implementation(problem).name == "reference"
     assert explain(problem).chosen == told.chosen
-    with pytest.raises(ValueError, match="implementations are triton, panel, cpu, reference"), using("gpu"):
+    with pytest.raises(ValueError, match="implementations are cuda, triton, panel, cpu, reference"), using("gpu"):
         pass
     with pytest.raises(ValueError, match="`isa` is 'neon'"), using("cpu", isa="neon"):
         pass

@@ -7,17 +7,15 @@ stand-in for a graph that runs the region again. On a GPU the real thing runs.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
+from fake_device import ThroughAten, on_fake_device
 from test_losses import V, _llama
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -71,56 +69,12 @@ class OnDevice(TorchDispatchMode):
         return out
 
 
-class ThroughAten(TorchFunctionMode):
-    """Methods as ATen operations: on fake CUDA tensors a torch without CUDA refuses the methods, not the operations."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        aten = torch.ops.aten
-        if func is torch.Tensor.copy_:
-            return aten.copy_.default(*args, **kwargs or {})
-        if func is torch.Tensor.contiguous:
-            return aten.clone.default(*args, memory_format=torch.contiguous_format)
-        if func is torch.Tensor.__setitem__:
-            tensor, where, value = args
-            value = aten.full.default([], value, dtype=tensor.dtype, device=tensor.device) if value == 1 else value
-            return aten.index_put_.default(tensor, list(where), value)
-        if func is not torch.Tensor.__getitem__:
-            return func(*args, **kwargs or {})
-        tensor, where = args
-        axis, picked = 0, []
-        parts = where if isinstance(where, tuple) else (where,)
-        for i, part in enumerate(parts):
-            if part is Ellipsis:
-                axis = tensor.dim() - sum(later is not None for later in parts[i + 1 :])
-                continue
-            if part is None:
-                tensor = aten.unsqueeze.default(tensor, axis)
-            elif isinstance(part, slice):
-                tensor = aten.slice.Tensor(tensor, axis, part.start, part.stop, part.step or 1)
-            elif isinstance(part, int):
-                tensor, axis = aten.select.int(tensor, axis, part), axis - 1
-            else:
-                picked += [None] * (axis - len(picked)) + [part]
-            axis += 1
-        return aten.index.Tensor(tensor, picked) if picked else tensor
-
-
 @contextlib.contextmanager
 def fake_step(**arguments: Any) -> Iterator[tuple[ZOAct, Batch]]:
     """An optimizer of a model on a fake CUDA device, and a batch beside it."""
-    mode = FakeTensorMode()
-
-    def on_fake_device(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
-        meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        fake = FakeTensor(mode, meta, torch.device("cuda"))
-        return memo.setdefault(id(tensor), nn.Parameter(fake) if isinstance(tensor, nn.Parameter) else fake)
-
     _, optimizer = model_and_optimizer("row", **arguments)
-    with (
-        mock.patch.object(torch.Tensor, "__deepcopy__", on_fake_device),
-        mock.patch.object(nn.Parameter, "__deepcopy__", on_fake_device),
-    ):
-        fake = copy.deepcopy((optimizer, batch_of(1)))
+    mode = FakeTensorMode()
+    fake = on_fake_device(mode, (optimizer, batch_of(1)))
     with mode, ThroughAten(), torch.no_grad():
         yield fake
 

@@ -182,6 +182,11 @@ class ZOAct:
         self._weights = torch.zeros(queries, dtype=torch.float32, device=device)
         self._one_seed, self._one_sigma = self._seeds[:1].clone(), self._sigmas[:1, :1].clone()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model's layers, and so this optimizer's tensors, are."""
+        return self.rule.param_ids.device
+
     def stack(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch as a forward of this optimizer wants it: G copies of the examples, group after group.
 

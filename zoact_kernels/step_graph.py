@@ -36,7 +36,7 @@ class StepGraph:
     """
 
     def __init__(self, optimizer: ZOAct, batch: Batch) -> None:
-        device = optimizer.rule.hyper.device
+        device = optimizer.device
         if device.type != DEVICE:
             raise ValueError(f"`optimizer` trains a model on {device}; a CUDA graph needs one on a CUDA device")
         self.optimizer, self.batch = optimizer, _copied(batch)

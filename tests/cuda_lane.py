@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import inspect
 import itertools
-import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_fence import fenced, span
 from torch import Tensor
 
 from zoact_kernels import cuda_ops, layouts, reference
@@ -31,22 +31,25 @@ FLAGS = (
     "-std=c++17 -O1 -g0 -shared -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas"
     " -Wno-unused-function"
 ).split()
+SANITIZERS = "-g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all".split()
 MODES = tuple(itertools.product(("ascending", "descending", "random"), ("late", "early")))
 
 PADDING = {name: row.padding for name, row in FORMATS.items() if row.bits == 4}
-FENCE = 64  # elements of NaN on either side of what a launcher allocates
+ALIGNED = ("x", "y", "codes", "workspace", "w", "out", "noise_scale")  # fields whose address matters modulo 16
 
 
 class Host(cuda_ops.Gpu):
-    """The CPU as the device of a launcher, `library` its kernels. What the launcher allocates lies between fences."""
+    """The CPU as the device of a launcher, `library` its kernels, which get copies of all tensors between fences."""
 
     type = "cpu"
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.kernels = library
         self.is_capturing = False
-        self.rooms: list[tuple[Tensor, int]] = []
         self.given: Tensor | None = None  # what the next allocation takes
+        self.moved: dict[int, int] = {}  # address in a table of pointers -> that of its copy
+        self.behind: dict[int, Tensor] = {}  # address of such a copy -> what it is of
+        self.record: Path | None = None  # a folder that takes the calls, for cuda_sanitize_driver.cpp
 
     def missing(self, arch: str) -> str | None:
         return None
@@ -68,17 +71,20 @@ class Host(cuda_ops.Gpu):
             given, self.given = self.given, None
             assert (given.shape, given.dtype) == (shape, dtype)
             return given
-        count = math.prod(shape)
-        room = torch.full((count + 2 * FENCE,), float("nan"), dtype=dtype)
-        self.rooms.append((room, count))
-        assert room.data_ptr() % 16 == 0
-        return room[FENCE : FENCE + count].view(shape)
+        return torch.full(shape, float("nan"), dtype=dtype)
 
-    def check_fences(self) -> None:
-        for room, count in self.rooms:
-            assert room[:FENCE].isnan().all(), "a write before an allocation"
-            assert room[FENCE + count :].isnan().all(), "a write behind an allocation"
-        self.rooms.clear()
+    def call(self, name: str, problem: cuda_ops.Struct) -> None:
+        tensors = {field: t for field, t in problem.tensors.items() if t.numel()}
+        for field in ("coeffs", "exp_avgs", "exp_avg_sqs"):
+            if self.moved and field in tensors:
+                tensors[field] = torch.tensor([self.moved.get(where, 0) for where in tensors[field].tolist()])
+        alignments = ((t, 16 if field in ALIGNED else t.element_size()) for field, t in tensors.items())
+        with fenced(alignments) as copies:
+            for field, tensor in tensors.items():
+                setattr(problem, field, copies[tensor.data_ptr()])
+            if self.record:
+                record(self.record, name, problem, {copies[t.data_ptr()]: t for t in tensors.values()} | self.behind)
+            super().call(name, problem)
 
 
 class Lane:
@@ -100,13 +106,25 @@ class Lane:
         self.host.kernels.set_mode(("ascending", "descending", "random").index(order), delivery == "early")
         return self
 
+    def launches(self) -> list[int]:
+        """Bytes of shared memory of each launch since the last question."""
+        shared = (ctypes.c_int64 * 16)()
+        count = self.host.kernels.take_launches(shared, len(shared))
+        assert count <= len(shared)
+        return list(shared)[:count]
+
     def zo_perturb_(self, *args: Any, **named: Any) -> None:
         self.cuda.zo_perturb_(*args, **named)
-        self.host.check_fences()
 
-    def zo_update_(self, *args: Any, **named: Any) -> None:
-        self.cuda.zo_update_(*args, **named)
-        self.host.check_fences()
+    def zo_update_(self, coeffs, exp_avgs, exp_avg_sqs, *args: Any, **named: Any) -> None:
+        states = (*coeffs, *exp_avgs, *exp_avg_sqs)
+        with fenced((t, 16) for t in states) as copies:
+            self.host.moved = copies
+            self.host.behind = {copies[t.data_ptr()]: t for t in states if t.numel()}
+            try:
+                self.cuda.zo_update_(coeffs, exp_avgs, exp_avg_sqs, *args, **named)
+            finally:
+                self.host.moved, self.host.behind = {}, {}
 
     def zo_linear(self, **arguments: Any) -> Tensor:
         return self._product("zo_linear", arguments)
@@ -115,20 +133,18 @@ class Lane:
         return self._product("zo_dense_linear", arguments)
 
     def _product(self, op: str, arguments: dict) -> Tensor:
-        """The weight comes in layout `row`; x in rows on 16 bytes with NaN behind them, where nothing may be read."""
+        """The weight comes in layout `row`; x goes in rows on 16 bytes with NaN behind them, where nothing is read."""
         names = inspect.signature(getattr(reference, op)).parameters
         needed = {name: None for name, p in names.items() if p.default is p.empty}
         arguments = needed | dict(format="dense", layout="row", group_size=-1) | arguments
         x, format = arguments["x"], arguments["format"]
         M, K = x.shape
-        rows = torch.full((M, -(-K // 8) * 8 + 8), float("nan"), dtype=x.dtype)
-        rows[:, :K] = x
+        rows = torch.full((M, -(-K // 8) * 8 + 8), float("nan"), dtype=x.dtype)[:, :K]
+        arguments["x"] = rows.copy_(x)
         if format in PADDING and arguments["weight"] is not None:
             fragments = layouts.to_fragments(arguments["weight"], K, PADDING[format])
             arguments |= dict(weight=fragments, layout="cuda")
-        y = getattr(self.cuda, op)(**arguments | dict(x=rows[:, :K]))
-        self.host.check_fences()
-        return y
+        return getattr(self.cuda, op)(**arguments)
 
     def dequantize(self, packed: PackedWeight, out: Tensor, row_start: int = 0) -> None:
         """Rows row_start .. of `packed`, in layout `row`, into out [rows, K]."""
@@ -140,6 +156,40 @@ class Lane:
             weight, packed.scale, packed.offset, packed.nested, packed.format, "cuda", packed.group_size,
             packed.out_features, K, out.dtype, row_start, out.shape[0],
         )  # fmt: skip
+
+
+def record(folder: Path, name: str, problem: cuda_ops.Struct, copies: dict[int, Tensor]) -> None:
+    """Writes a call: its struct, the buffers at the addresses `copies` and where pointers to them are stored."""
+    buffers = {address: ctypes.string_at(address, span(tensor)) for address, tensor in copies.items()}
+    index = {address: number for number, address in enumerate(buffers)}
+    pointers = []
+    for where, content in [(-1, bytes(problem)), *enumerate(buffers.values())]:
+        for offset in range(0, len(content) - 7, 8):
+            target = index.get(int.from_bytes(content[offset : offset + 8], "little"))
+            if target is not None:
+                pointers.append((where, offset, target))
+
+    def numbers(*values: int) -> bytes:
+        return b"".join(value.to_bytes(8, "little", signed=True) for value in values)
+
+    parts = [numbers(len(name)), name.encode(), numbers(len(bytes(problem))), bytes(problem), numbers(len(buffers))]
+    for address, content in buffers.items():
+        parts += [numbers(address % 16, len(content)), content]
+    parts += [numbers(len(pointers)), *(numbers(*pointer) for pointer in pointers)]
+    (folder / f"{len(list(folder.iterdir()))}.call").write_bytes(b"".join(parts))
+
+
+def sanitized(folder: Path, csrc: Path = CSRC) -> Path:
+    """The driver of recorded calls, built under sanitizers; skips where the compiler has none."""
+    driver = folder / "sanitized"
+    sources = [str(source) for source in sorted((csrc / "cuda").glob("*.cu"))]
+    flags = [flag for flag in FLAGS if flag not in ("-shared", "-g0")]
+    command = ["c++", *flags, *SANITIZERS, f"-I{HERE}", "-x", "c++", *sources, str(HERE / "cuda_sanitize_driver.cpp")]
+    run = subprocess.run([*command, "-o", str(driver)], text=True, capture_output=True)
+    if run.returncode and "sanitize" in run.stderr:
+        pytest.skip("no compiler with AddressSanitizer")
+    assert run.returncode == 0, run.stderr
+    return driver
 
 
 def planted(csrc: Path, folder: Path, file: str, text: str, fault: str) -> Path:

@@ -227,7 +227,6 @@ def test_x_of_any_strides(lane: Lane, op: str, K: int) -> None:
     assert torch.equal(run(x[2], **arguments, **rest), want[2])
     for shape in ((0, K), (2, 0, K), (0, 3, K)):
         assert run(x.new_empty(shape), **arguments, **rest).shape == (*shape[:-1], 20)
-    lane.host.check_fences()
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64, torch.int32], ids=str)

@@ -42,24 +42,30 @@ _ENUMS = ("DType", "Format", "Noise", "Mask", "Rule")
 class Struct(ctypes.Structure):
     """A struct of kernels.h: a tensor goes in as its pointer, an enum by its name, a dtype as it is; None is null or 0.
 
-    The caller holds the tensors until the kernel is launched.
+    Tensors live as long as the struct.
     """
 
     kinds: dict[str, str]  # field -> kind
+    tensors: dict[str, Tensor]
 
     def __init__(self, **fields: Any) -> None:
         super().__init__()
         if fields.keys() != self.kinds.keys():
             raise TypeError(f"{type(self).__name__} has {set(self.kinds)}, got {set(fields)}")
+        self.tensors = {}
         for name, value in fields.items():
             if isinstance(value, Tensor):
-                value = value.data_ptr()
+                self.point(name, value)
             elif isinstance(value, torch.dtype):
-                value = native.dtype(value)
+                setattr(self, name, native.dtype(value))
             elif isinstance(value, str):
-                value = native.enum(self.kinds[name], value)
-            if value is not None:
+                setattr(self, name, native.enum(self.kinds[name], value))
+            elif value is not None:
                 setattr(self, name, value)
+
+    def point(self, field: str, tensor: Tensor) -> None:
+        self.tensors[field] = tensor
+        setattr(self, field, tensor.data_ptr())
 
 
 def _struct(name: str, text: str, first: type[Struct] | None = None) -> type[Struct]:
@@ -189,6 +195,13 @@ class Gpu:
     def library(self) -> Any:
         return native.cuda()
 
+    def call(self, name: str, problem: Struct) -> None:
+        """Launches; raises RuntimeError with what the library says."""
+        function = getattr(self.library(), name)
+        function.restype = ctypes.c_char_p
+        if message := function(ctypes.byref(problem)):
+            raise RuntimeError(f"{name}: {message.decode()}")
+
     def guard(self, tensor: Tensor) -> AbstractContextManager:
         """The device of `tensor` is the current one inside."""
         return torch.cuda.device_of(tensor)
@@ -297,10 +310,7 @@ class Cuda:
 
     def _launch(self, name: str, problem: Struct, device: torch.device) -> None:
         problem.stream = self.gpu.stream(device)
-        function = getattr(self.gpu.library(), name)
-        function.restype = ctypes.c_char_p
-        if message := function(ctypes.byref(problem)):
-            raise RuntimeError(f"{name}: {message.decode()}")
+        self.gpu.call(name, problem)
 
     def _rows(self, x: Tensor) -> Tensor:
         """x [..., K] as [M, K], rows on 16 bytes: a copy, padded, only where strides or address leave no other way."""
@@ -339,7 +349,7 @@ class Cuda:
             size = getattr(self.gpu.library(), f"{name}_workspace")
             size.restype = ctypes.c_int64
             workspace = self.gpu.empty(size(ctypes.byref(problem)), dtype=torch.float32, device=x.device)
-            problem.workspace = workspace.data_ptr()
+            problem.point("workspace", workspace)
             self._launch(name, problem, x.device)
         return y
 

@@ -170,9 +170,18 @@ ZO_DEVICE char* shared_memory() {
 #endif
 }
 
-// 16 bytes from global to shared memory behind the thread's back, past L1: a weight is read once. Zeros from byte
-// `bytes` on, and nothing is read there. They have arrived, for this thread, after async_wait; for others, after a
-// barrier on top.
+// 16 bytes from global to shared memory behind the thread's back, past L1: a weight is read once. They have arrived,
+// for this thread, after async_wait; for others, after a barrier on top.
+ZO_DEVICE void async_copy16(void* shared, const void* global) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),
+               "l"(global)
+               : "memory");
+#else
+  shim::async_copy16(shared, global, 16);
+#endif
+}
+// The same with zeros from byte `bytes` on, where nothing is read.
 ZO_DEVICE void async_copy16(void* shared, const void* global, int bytes) {
 #ifdef __CUDACC__
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),

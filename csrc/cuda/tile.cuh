@@ -132,33 +132,52 @@ ZO_DEVICE void add_partial(const float* from, float (&acc)[MT][4]) {
 
 // ---------------------------------------------------------------- stages
 
-// How many of the 16 bytes from column k on are there, in a row of K 16-bit values or outside of all rows.
-ZO_DEVICE int chunk_bytes(bool row, int K, int k) {
-  const int bytes = 2 * (K - k);
-  return !row || bytes <= 0 ? 0 : bytes < 16 ? bytes : 16;
+// How many of the 16 bytes of chunk `chunk` are there, where a row goes on for `left` 16-bit values.
+ZO_DEVICE int chunk_bytes(int left, int chunk) {
+  const int bytes = 2 * left - 16 * chunk;
+  return bytes <= 0 ? 0 : smaller(bytes, 16);
 }
 
 // Where chunk `chunk` (of 8) of row `row` lies in a tile with rows of 128 bytes: eight rows of a chunk, eight banks.
 ZO_DEVICE int swizzled(int row, int chunk) { return row * 128 + (chunk ^ (row & 7)) * 16; }
 
-// Block `kb` of k of the block's rows of x on its way to `x`, 8 MT rows of 128 bytes.
-template <class T, int MT>
-ZO_DEVICE void fetch_x(const Call& p, const Place<MT>& at, int kb, char* x) {
+// Copies ROWS rows of a matrix of 16-bit values into such a tile, BK columns at a time; all threads of the block share
+// the work. A row that is not there is copied from the last one: its sums are stored nowhere, and no other row meets
+// them. Addresses are worked out once, 32 bits a row: a turn of the K loop adds and copies.
+template <int ROWS>
+struct RowCopies {
+  static constexpr int STEP = THREADS / 8, COUNT = (ROWS + STEP - 1) / STEP;
+  const char* matrix;       // its row `first`
+  uint32_t from[COUNT];     // of this thread's chunks, in 16 bytes
+  int row = threadIdx.x / 8, chunk = threadIdx.x % 8, K;
+  ZO_DEVICE RowCopies(const void* start, int64_t stride, int first, int rows, int K)
+      : matrix((const char*)start + 2 * first * stride), K(K) {
 #pragma unroll
-  for (int i = threadIdx.x; i < 8 * MT * 8; i += THREADS) {
-    const int row = i / 8, chunk = i % 8;
-    const int m = at.m0 + row, k = kb * BK + chunk * 8;
-    const int bytes = chunk_bytes(m < p.M, p.w.K, k);
-    async_copy16(x + swizzled(row, chunk), bytes ? (const T*)p.z.x + m * p.z.x_stride + k : p.z.x, bytes);
+    for (int i = 0; i < COUNT; i++)
+      from[i] = (uint32_t)smaller(row + i * STEP, rows - 1 - first) * (uint32_t)(stride / 8) + chunk;
   }
-}
+  ZO_DEVICE void fetch(int kb, char* tile) const {
+    if (ROWS < STEP && row >= ROWS) return;
+    char* const to = tile + swizzled(row, chunk);  // STEP is a multiple of 8: the rows of a thread swizzle alike
+    const char* const block = matrix + (int64_t)kb * BK * 2;
+    if ((kb + 1) * BK <= K) {
+#pragma unroll
+      for (int i = 0; i < COUNT; i++) async_copy16(to + i * STEP * 128, block + (uint64_t)from[i] * 16);
+    } else {
+      const int bytes = chunk_bytes(K - kb * BK, chunk);
+#pragma unroll
+      for (int i = 0; i < COUNT; i++)
+        async_copy16(to + i * STEP * 128, bytes ? block + (uint64_t)from[i] * 16 : matrix, bytes);
+    }
+  }
+};
 
 // use(stage) for blocks first .. last - 1 of k, each of which fetch(block, stage) has sent for. STAGES - 1 copies are
 // under way at any time; one barrier a turn says both that a stage has arrived for all and that the one before has been
 // read by all.
 template <int STAGE, class Fetch, class Use>
 ZO_DEVICE void pipeline(int first, int last, char* memory, const Fetch& fetch, const Use& use) {
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < STAGES - 1; i++) {
     if (first + i < last) fetch(first + i, memory + i * STAGE);
     async_commit();

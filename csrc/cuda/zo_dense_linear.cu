@@ -116,11 +116,12 @@ __global__ void __launch_bounds__(THREADS, SHAPED ? 2 : MT > 1 ? 3 : 4) noise_ke
   uint64_t e[2];  // counter of the first element of rows n and n + 8
 #pragma unroll
   for (int row = 0; row < 2; row++) e[row] = (uint64_t)(c.z.row_offset + at.n + 8 * row) * (uint64_t)c.z.cols;
+  const RowCopies<8 * MT> copies(c.z.x, c.z.x_stride, at.m0, c.M, c.w.K);
+  const auto send = [&](int kb, char* stage) { copies.fetch(kb, stage); };
   float acc[MT][4] = {};
   for (int s = 0; s < c.S; s++) {
     const int64_t seed = c.z.seeds[s];
     float sums[MT][4] = {};
-    const auto send = [&](int kb, char* stage) { fetch_x<T, MT>(c, at, kb, stage); };
     pipeline<STAGE>(first, last, memory, send, [&](int kb, const char* x) {
       uint64_t signs[2] = {};
 #pragma unroll

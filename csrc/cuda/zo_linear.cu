@@ -38,27 +38,27 @@ ZO_HD constexpr int product_bytes() {
   return STAGES * stage_bytes<FORMAT, MT>() + 16 * (int)sizeof(float);  // and the table of a codebook
 }
 
-// Block `kb` of k on its way to a stage: the codes of this warp's 16 rows, and all rows of x.
-template <class T, Format FORMAT, int MT>
-ZO_DEVICE void fetch(const Call& p, const Place<MT>& at, int kb, char* stage) {
-  char* const codes = stage + at.warp * code_bytes<FORMAT>();
-  if constexpr (FORMAT == Format::dense) {
-#pragma unroll
-    for (int i = at.lane; i < 16 * 8; i += WARP) {
-      const int row = i / 8, chunk = i % 8;
-      const int n = at.n0 + at.warp * 16 + row, k = kb * BK + chunk * 8;
-      const int bytes = chunk_bytes(n < p.w.N, p.w.K, k);
-      async_copy16(codes + swizzled(row, chunk), bytes ? (const T*)p.w.codes + (int64_t)n * p.w.K + k : p.w.codes,
-                   bytes);
-    }
-  } else {
-    const int tile = at.n0 / TILE_N + at.warp;
-    const bool there = tile * TILE_N < p.w.N;
-    const char* const from = (const char*)p.w.codes + ((int64_t)tile * p.w.blocks + kb) * TILE_BYTES + at.lane * 16;
-    async_copy16(codes + at.lane * 16, there ? (const void*)from : p.w.codes, there ? 16 : 0);
+// Blocks of k on their way to a stage: 16 bytes of 4-bit codes a lane, or the rows of a dense W; and the rows of x.
+template <Format FORMAT, int MT>
+struct Copies {
+  RowCopies<8 * MT> x;
+  RowCopies<FORMAT == Format::dense ? BN : 0> dense;
+  const char* codes;
+  int to = threadIdx.x * 16;
+  ZO_DEVICE Copies(const Call& p, const Place<MT>& at)
+      : x(p.z.x, p.z.x_stride, at.m0, p.M, p.w.K), dense(p.w.codes, p.w.K, at.n0, p.w.N, p.w.K) {
+    const int tile = smaller(at.n0 / TILE_N + at.warp, (p.w.N - 1) / TILE_N);  // rows of a tile too many: RowCopies
+    codes = (const char*)p.w.codes + (int64_t)tile * p.w.blocks * TILE_BYTES + at.lane * 16;
   }
-  fetch_x<T, MT>(p, at, kb, stage + WARPS * code_bytes<FORMAT>());
-}
+  ZO_DEVICE void fetch(int kb, char* stage) const {
+    if constexpr (FORMAT == Format::dense) {
+      dense.fetch(kb, stage);
+    } else {
+      async_copy16(stage + to, codes + (int64_t)kb * TILE_BYTES);
+    }
+    x.fetch(kb, stage + WARPS * code_bytes<FORMAT>());
+  }
+};
 
 // The scale of this thread's two rows, and how many halves of a block of k they still hold for.
 struct Scales {
@@ -110,25 +110,25 @@ ZO_DEVICE void multiply(const Call& p, const Place<MT>& at, int first, int last,
     s.left = (p.w.group_size - first * BK % p.w.group_size + BK / 2 - 1) / (BK / 2);
     load_scales<OFFSET>(p, at.n, s);
   }
-  const auto send = [&](int kb, char* stage) { fetch<T, FORMAT, MT>(p, at, kb, stage); };
+  const Copies<FORMAT, MT> copies(p, at);
+  const auto send = [&](int kb, char* stage) { copies.fetch(kb, stage); };
   pipeline<STAGE>(first, last, memory, send, [&](int, const char* stage) {
     const char* const codes = stage + at.warp * code_bytes<FORMAT>();
     const char* const x = stage + WARPS * code_bytes<FORMAT>();
-    Word4 words = {};
-    if constexpr (FORMAT != Format::dense) words = load16(codes + at.lane * 16);
-#pragma unroll
+#pragma unroll(FORMAT == Format::dense ? 2 : 1)  // the end of a group is long
     for (int half = 0; half < 2; half++) {
+      Word2 words = {};
+      if constexpr (FORMAT != Format::dense) words = load8(codes + at.lane * 16 + half * 8);
       uint32_t a[2][4];
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const int step = 2 * half + i;
         if constexpr (FORMAT == Format::dense) {
           const int matrix = at.lane / 8;
-          ldmatrix4(a[i], codes + swizzled(at.lane % 8 + 8 * (matrix & 1), 2 * step + matrix / 2));
+          ldmatrix4(a[i], codes + swizzled(at.lane % 8 + 8 * (matrix & 1), 4 * half + 2 * i + matrix / 2));
         } else if constexpr (FORMAT == Format::int4) {
-          int4_fragment<T>(words.w[step], a[i]);
+          int4_fragment<T>(words.w[i], a[i]);
         } else {
-          table_fragment<T>(words.w[step], table, s.scale, a[i]);
+          table_fragment<T>(words.w[i], table, s.scale, a[i]);
         }
       }
 #pragma unroll
@@ -291,6 +291,7 @@ const char* refusal(const ZoLinear& z) {
     return "`group_size` is not a multiple of 32";
   if (z.G < 1 || z.M % z.G) return "`x` has a number of rows that its row groups do not divide";
   if (ceil_div(z.M, 64) > 65535) return "more than 4194240 rows";
+  if (z.x_stride >> 28) return "rows of `x` are more than 2^28 elements apart";
   const int64_t most = 1 << 24;  // what 32-bit sizes and the grid bear
   if (z.N > most || z.K > most || z.R > most || z.base_rank > most || z.S > most)
     return "N, K, a rank or the number of seeds is above 2^24";

@@ -15,6 +15,7 @@ import torch
 from cases import BF16, F16, F32, activations, stored, weight_arguments
 from close import assert_no_worse
 from cuda_lane import Host, Lane
+from support import Elsewhere
 from torch import Tensor
 
 from zoact_kernels import cuda_ops, dispatch, native, ops, reference
@@ -64,13 +65,6 @@ def test_structs_want_every_field() -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Dispatch
-
-
-class Elsewhere(Gpu):
-    """A machine with kernels for every GPU."""
-
-    def missing(self, arch: str) -> str | None:
-        return None
 
 
 def problem(**changes: object) -> Problem:

@@ -78,19 +78,18 @@ def settled(packed: PackedWeight, *, reuse: bool = False) -> PackedWeight:
     weight = packed.weight
     fake = isinstance(weight, torch._subclasses.FakeTensor) and weight.device.type == "cuda"
     wish = "row" if fake else best_layout(weight.device)
-    if not packed.has_layout(wish) or (wish == "cuda" and not _has_cuda_kernel(packed)):
-        wish = "row"
-    return packed.to_layout(wish, reuse=reuse)
+    if wish == "cuda":
+        wish = gpu_layout(packed, arch_of(weight.device))
+    return packed.to_layout(wish if packed.has_layout(wish) else "row", reuse=reuse)
 
 
-def _has_cuda_kernel(packed: PackedWeight) -> bool:
-    """Whether zo_linear of csrc/cuda takes `packed` in its layout, for activations in half precision."""
+def gpu_layout(packed: PackedWeight, arch: str) -> str:
+    """The layout of `packed` on a GPU `arch`: "cuda" if csrc/cuda is compiled for it and multiplies by this weight."""
     problem = Problem(
         "zo_linear", "cuda", torch.bfloat16, 1, packed.out_features, packed.in_features, packed.format, "cuda",
-        packed.group_size, torch.uint8, None if packed.scale is None else packed.scale.dtype,
-        arch=arch_of(packed.weight.device),
+        packed.group_size, torch.uint8, None if packed.scale is None else packed.scale.dtype, arch=arch,
     )  # fmt: skip
-    return Cuda().refusal(problem) is None
+    return "cuda" if packed.has_layout("cuda") and Cuda().refusal(problem) is None else "row"
 
 
 class ZOLinear(nn.Module):

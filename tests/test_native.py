@@ -153,6 +153,7 @@ def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     """A folder where native.py finds its files, on a machine where torch sees a CUDA device."""
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(native, "_driver_version", lambda: 13)
     native._load_cuda.cache_clear()
     yield tmp_path
     native._load_cuda.cache_clear()
@@ -202,6 +203,11 @@ def test_cuda_is_loaded_where_torch_sees_a_device(installation: Path, monkeypatc
         cuda_ops.Gpu().call("zo_update", cuda_ops.ZoUpdate(**dict.fromkeys(cuda_ops.ZoUpdate.kinds)))
     assert cuda_ops.Gpu().missing("sm_86") is None and cuda_ops.Gpu().missing("sm_120") is None  # by PTX
     assert "not for sm_75" in (cuda_ops.Gpu().missing("sm_75") or "")
+    native._load_cuda.cache_clear()
+    (installation / "_build.json").write_text(json.dumps({"cuda_archs": ["80"], "cuda_version": "13.0"}))
+    monkeypatch.setattr(native, "_driver_version", lambda: 12)
+    assert native.cuda() is None
+    assert native.why_no_cuda().endswith("compiled by CUDA 13.0, and the driver of this GPU knows CUDA 12")
     native._load_cuda.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(ctypes, "CDLL", lambda path: pytest.fail(f"{path} is loaded without a device"))

@@ -90,6 +90,16 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"the compiled CPU kernels do not load: {error}"
 
 
+def _driver_version() -> int:
+    """Major version of CUDA that the driver knows; 0 without one."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value // 1000
+
+
 @functools.cache
 def _load_cuda() -> tuple[ctypes.CDLL | None, str]:
     import torch
@@ -102,6 +112,9 @@ def _load_cuda() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the CUDA kernels are not compiled: {reason}"
     if torch.version.hip is not None or not torch.cuda.is_available():
         return None, ""
+    needs, driver = str(build().get("cuda_version", "")), _driver_version()
+    if needs and 0 < driver < int(needs.partition(".")[0]):
+        return None, f"the CUDA kernels are compiled by CUDA {needs}, and the driver of this GPU knows CUDA {driver}"
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:  # of another platform, cut short, a missing libstdc++

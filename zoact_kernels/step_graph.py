@@ -49,7 +49,7 @@ class StepGraph:
                 for _ in range(WARM_UPS):
                     self._run(dry=True)
             torch.cuda.current_stream(device).wait_stream(side)
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=side):  # whose scratch memory the warm-up has made
                 self.losses = self._run()
 
     def step(self, batch: Batch) -> StepResult:

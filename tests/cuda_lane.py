@@ -227,8 +227,7 @@ class Lane:
         rows = torch.full((M, -(-K // 8) * 8 + 8), float("nan"), dtype=x.dtype)[:, :K]  # what lies behind K is not read
         rows.copy_(x)
         y = torch.full((M, out_features), float("nan"), dtype=x.dtype)
-        if format in PADDING:
-            weight = layouts.to_fragments(weight, K, PADDING[format])
+        weight = arranged(weight, format, K)
         rank = projected.shape[-1] if projected is not None else basis.shape[-1] if basis is not None else 0
         fields = dict(
             x=rows, y=y, dtype=DTYPES[x.dtype], M=M, x_stride=rows.stride(0), codes=weight, scale=scale, offset=offset,
@@ -250,12 +249,11 @@ class Lane:
 
     def dequantize(self, packed: PackedWeight, out: Tensor, row_start: int = 0) -> None:
         """Rows row_start .. of `packed`, in layout `row`, into out [rows, K]."""
-        K, weight, scale = packed.in_features, packed.weight, packed.scale
-        if packed.format in PADDING:
-            weight = layouts.to_fragments(weight, K, PADDING[packed.format])
+        K, scale = packed.in_features, packed.scale
+        weight = arranged(packed.weight, packed.format, K)
         problem = Dequantize(
             codes=weight, scale=scale, offset=packed.offset, nested=packed.nested, format=FORMATS[packed.format],
-            scale_dtype=0 if scale is None else DTYPES[scale.dtype], code_dtype=DTYPES.get(weight.dtype, 0),
+            scale_dtype=0 if scale is None else DTYPES[scale.dtype], code_dtype=DTYPES.get(packed.weight.dtype, 0),
             N=packed.out_features, K=K, group_size=packed.group_size if packed.group_size > 0 else max(K, 1),
             out=out, dtype=DTYPES[out.dtype], row_start=row_start, rows=out.shape[0], stream=None,
         )  # fmt: skip
@@ -301,6 +299,13 @@ def sanitized(folder: Path, csrc: Path = CSRC) -> Path:
     return driver
 
 
+def arranged(weight: Tensor | None, format: str, K: int) -> Tensor | None:
+    """Codes of layout `row` in layout `cuda`; a dense weight as it is."""
+    if weight is None or format == "dense":
+        return weight
+    return layouts.to_byte_fragments(weight) if format == "int8" else layouts.to_fragments(weight, K, PADDING[format])
+
+
 def planted(csrc: Path, folder: Path, file: str, text: str, fault: str) -> Path:
     """A copy of `csrc` with the first `text` of `file` replaced."""
     copy = Path(shutil.copytree(csrc, folder / "csrc"))
@@ -318,4 +323,4 @@ def takes(packed: PackedWeight | None, K: int) -> bool:
     if packed.format == "dense":
         return K % 8 == 0
     span = packed.group_size if packed.group_size > 0 else K
-    return packed.format != "int8" and not packed.flat and (span % 32 == 0 or span >= K)
+    return not packed.flat and (span % 32 == 0 or span >= K)

@@ -81,21 +81,18 @@ def test_refusals(lane: Lane) -> None:
         lane.zo_linear(x.float(), out_features=4)
     for name, K, message in (
         ("int4-g40-bf16", 64, "`group_size` is not a multiple of 32"),
-        ("int8-row", 64, "int8 weights have no CUDA kernel"),
         ("dense-f16", 63, "K to be a multiple of 8"),
     ):
         with pytest.raises(RuntimeError, match=message):
             lane.zo_linear(x[:, :K], **weight_arguments(stored(name, 4, K)), out_features=4)
     with pytest.raises(RuntimeError, match="a dense direction has no basis"):
         lane.zo_dense_linear(x=x, out_features=4, basis=torch.zeros(64, 2))
-    with pytest.raises(RuntimeError, match="int8 weights have no CUDA kernel"):
-        lane.dequantize(stored("int8-row", 4, 64), torch.zeros(4, 64))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # dequantize: the bits of formats.py
 
-HELD = tuple(name for name in WEIGHTS if name != "none" and not name.startswith("int8") and "flat" not in name)
+HELD = tuple(name for name in WEIGHTS if name != "none" and "flat" not in name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,6 +133,27 @@ def test_layout_round_trip(format: str, N: int, K: int) -> None:
     assert byte >> 4 * (nibble % 2) & 15 == codes[n, k]
 
 
+@pytest.mark.parametrize("N, K", [(1, 1), (16, 64), (33, 100), (130, 257)])
+def test_byte_layout_round_trip(N: int, K: int) -> None:
+    codes = torch.randint(-128, 128, (N, K), dtype=torch.int8)
+    tiles = layouts.to_byte_fragments(codes)
+    assert torch.equal(layouts.from_byte_fragments(tiles, N, K), codes)
+    n, k = N - 1, K - 1  # one element by the formula
+    lane, column = n % 8 * 4 + k % 8 // 2, k % 64
+    byte = column % 32 // 16 * 8 + column % 16 // 8 * 4 + n % 16 // 8 * 2 + k % 2
+    assert tiles[n // 16, k // 64, column // 32 * 512 + lane * 16 + byte] == codes[n, k]
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_zo_linear_int8_codes_are_exact(lane: Lane, dtype: torch.dtype) -> None:
+    """Each of the 256 codes by itself: x is the unit matrix, the scale one."""
+    codes = torch.arange(-128, 128).to(torch.int8).view(4, 64)
+    y = lane.mode().zo_linear(
+        torch.eye(64, dtype=dtype), codes, torch.ones(4, 1), format="int8", out_features=4,
+    )  # fmt: skip
+    assert torch.equal(y.T, codes.to(dtype))
+
+
 def fits(case: Case) -> bool:
     dtype = DTYPES[case.dtype]
     if dtype not in (F16, BF16) or not takes(stored(case.weight, *case.shape), case.shape[1]):
@@ -166,7 +184,7 @@ def example(M: int, N: int, K: int, dtype: torch.dtype, weight: str = "int4-g32"
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("weight", ["int4-g32", "int4-g64-sym", "nf4-g64", "dense-f16"])
+@pytest.mark.parametrize("weight", ["int4-g32", "int4-g64-sym", "int8-g32", "nf4-g64", "dense-f16"])
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 def test_zo_linear_modes_and_splits(lane: Lane, dtype: torch.dtype, weight: str) -> None:
     """K in three splits; no order of fibers and no delivery of copies changes a bit."""
@@ -177,7 +195,7 @@ def test_zo_linear_modes_and_splits(lane: Lane, dtype: torch.dtype, weight: str)
     assert all(torch.equal(y, results[0]) for y in results)
 
 
-@pytest.mark.parametrize("weight", ["int4-g32", "int4-g64-sym", "nf4-g64", "none"])
+@pytest.mark.parametrize("weight", ["int4-g32", "int4-g64-sym", "int8-row", "nf4-g64", "none"])
 @pytest.mark.parametrize("K", [200, 1100])
 def test_zo_linear_row_depends_on_nothing_else(lane: Lane, weight: str, K: int) -> None:
     """Law 2.4: neither on the number of rows, nor on other rows, nor on the groups beside it."""

@@ -108,3 +108,23 @@ def from_fragments(tiles: Tensor, N: int, K: int, padding: int) -> Tensor:
     nibbles = unpack_nibbles(tiles.reshape(rows * columns, 512)).view(rows, columns, 8, 4, 4, 2, 2, 2)
     codes = nibbles.permute(0, 7, 2, 1, 4, 6, 3, 5).reshape(rows * FRAGMENT_ROWS, columns * FRAGMENT_K)
     return pack_nibbles(codes[:N, :K], padding)
+
+
+def to_byte_fragments(codes: Tensor) -> Tensor:
+    """int8 [N, K] -> int8 [tiles of N, tiles of K, 1024]: layout `cuda` of csrc/cuda/weight.cuh.
+
+    Half h of a tile holds k = 32 h ..; lane 4 g + t owns 16 bytes of it. Byte 8 i + 4 p + 2 j + e of them is row
+    g + 8 j, k = 32 h + 16 i + 8 p + 2 t + e.
+    """
+    N, K = codes.shape
+    rows, columns = ceil_div(N, FRAGMENT_ROWS), ceil_div(K, FRAGMENT_K)
+    whole = torch.nn.functional.pad(codes, (0, columns * FRAGMENT_K - K, 0, rows * FRAGMENT_ROWS - N))
+    tiles = whole.view(rows, 2, 8, columns, 2, 2, 2, 4, 2)  # tile; j, g; tile; h, i, p, t, e
+    return tiles.permute(0, 3, 4, 2, 7, 5, 6, 1, 8).reshape(rows, columns, 1024)
+
+
+def from_byte_fragments(tiles: Tensor, N: int, K: int) -> Tensor:
+    """The int8 [N, K] that `to_byte_fragments` was given."""
+    rows, columns = tiles.shape[:2]
+    codes = tiles.view(rows, columns, 2, 8, 4, 2, 2, 2, 2).permute(0, 7, 3, 1, 2, 5, 6, 4, 8)
+    return codes.reshape(rows * FRAGMENT_ROWS, columns * FRAGMENT_K)[:N, :K].contiguous()

@@ -1,6 +1,6 @@
 // zo_dense_linear: y_g = x_g . (D(W) + f * sum_s sigmas[g, s] Z_s)^T + bias, f = mask * noise_scale
 //
-//   x [M, K], y [M, N] fp16 | bf16;  W int4, nf4, fp4 or dense;  Z_s [N, K] made here, alive in registers only
+//   x [M, K], y [M, N] fp16 | bf16;  W int4, int8, nf4, fp4 or dense;  Z_s [N, K] made here, alive in registers only
 //   sigmas [G, S], noise_scale [N, K] fp32;  mask: |D(W)| <= mask_value, or a share mask_value of all elements
 //
 //   product   x . D(W)^T: the kernel of zo_linear.cu

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(THREADS) unpack_kernel(const __grid_constant__
   __syncthreads();  // the table is there
   const int lane = threadIdx.x % WARP, g = lane / 4, step = lane % 4;
   const int tile = blockIdx.x * WARPS + threadIdx.x / WARP;
-  const int row = p.row_start / TILE_N + tile / w.blocks, column = tile % w.blocks;
+  const int row = p.row_start / TILE_N + tile / w.blocks, column = tile % w.blocks;  // of tiles
   if (row * TILE_N >= p.stop) return;
   const char* const from =
       tile_at(w, row * TILE_N, column * TILE_K) + g * 64 + (BYTES ? step / 2 * 512 + step % 2 * 8 : step * 4);
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(THREADS) unpack_kernel(const __grid_constant__
       const int k = column * TILE_K + step * 16 + half * 8, group = k / w.group_size;  // groups are multiples of 8
       if (k >= w.K) continue;
       const float scale = scale_at(w, n, group), offset = offset_at(w, n, group);
-      float v[8];
+      float v[8];  // W[n, k .. k + 7]
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         const float c = BYTES ? byte_at(words[i / 2].w[half], 2 * low + i % 2)
@@ -104,9 +104,10 @@ __global__ void __launch_bounds__(THREADS) unpack_kernel(const __grid_constant__
 struct Copy {
   const void* from;
   void* out;
-  int64_t count;
+  int64_t count;  // of elements
 };
 
+// Dense: from S to T through fp32, which holds both.
 template <class S, class T>
 __global__ void __launch_bounds__(THREADS) copy_kernel(Copy p) {
   const int64_t first = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * 8, left = p.count - first;
@@ -128,6 +129,7 @@ __global__ void __launch_bounds__(THREADS) copy_kernel(Copy p) {
 template <class T>
 const char* unpack(const Dequantize& d) {
   const Stored w = stored_of(d);
+  // Whole tiles of rows, so that the first and the last may hold rows that nobody asked for.
   const int64_t tiles = (ceil_div(d.row_start + d.rows, TILE_N) - d.row_start / TILE_N) * w.blocks;
   if (tiles > 0x7fffffff) return "more than 2^31 tiles of 16 x 64";
   const dim3 grid((unsigned)ceil_div(tiles, WARPS));

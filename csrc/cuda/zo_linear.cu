@@ -26,8 +26,9 @@ constexpr int CHUNK = 512;  // k of a partial sum of h
 
 // ---------------------------------------------------------------- product
 
+// A stage in shared memory: what a warp has of its 16 rows of W, warp after warp, then the rows of x, 128 bytes each.
 template <Format FORMAT>
-ZO_HD constexpr int code_bytes() {  // of a stage of a warp
+ZO_HD constexpr int code_bytes() {  // of a warp
   return FORMAT == Format::dense ? 16 * BK * 2 : tile_bytes(FORMAT);
 }
 template <Format FORMAT, int MT>
@@ -42,10 +43,10 @@ ZO_HD constexpr int product_bytes() {
 // Blocks of k on their way to a stage: 16 or 32 bytes of codes a lane, or the rows of a dense W; and the rows of x.
 template <Format FORMAT, int MT>
 struct Copies {
-  RowCopies<8 * MT> x;
-  RowCopies<FORMAT == Format::dense ? BN : 0> dense;
-  const char* codes;
-  int to;
+  RowCopies<8 * MT> x;                                // [8 MT, BK]
+  RowCopies<FORMAT == Format::dense ? BN : 0> dense;  // [BN, BK]
+  const char* codes;  // of this lane, in the first tile of its warp's 16 rows
+  int to;             // where they go in a stage
   ZO_DEVICE Copies(const Call& p, const Place<MT>& at)
       : x(p.z.x, p.z.x_stride, at.m0, p.M, p.w.K), dense(p.w.codes, p.w.K, at.n0, p.w.N, p.w.K) {
     const int tile = smaller(at.n0 / TILE_N + at.warp, (p.w.N - 1) / TILE_N);  // a tile too many: as in RowCopies
@@ -66,8 +67,8 @@ struct Copies {
 
 // The scale of this thread's two rows, and how many halves of a block of k they still hold for.
 struct Scales {
-  float scale[2], offset[2];
-  int group, left;
+  float scale[2], offset[2];  // of rows n and n + 8
+  int group, left;            // left: halves, 32 k each
 };
 
 // For int4 they are needed at the end of their group, which hides the load. Codes are centred, so the offset is too.
@@ -104,10 +105,11 @@ ZO_DEVICE void multiply(const Call& p, const Place<MT>& at, int first, int last,
   // Codes as they are, the scale at the end of a group.
   constexpr bool GROUPED = FORMAT == Format::int4 || FORMAT == Format::int8;
   constexpr int STAGE = stage_bytes<FORMAT, MT>();
+  // As the left operand, ones give the sum of each row of x in all rows of C.
   const uint32_t one = (uint32_t)from_float<T>(1.0f).bits * 0x10001u, ones[4] = {one, one, one, one};
   float* const table = (float*)(memory + STAGES * STAGE);
   if (FORMAT == Format::nf4 && threadIdx.x < 16) table[threadIdx.x] = p.w.table[threadIdx.x];
-  float part[MT][4] = {}, sums[OFFSET ? MT : 1][4] = {};
+  float part[MT][4] = {}, sums[OFFSET ? MT : 1][4] = {};  // of codes times x, and of x, in the group at hand
   Scales s = {};
   if (FORMAT != Format::dense) {
     s.group = first * BK / p.w.group_size;
@@ -129,7 +131,7 @@ ZO_DEVICE void multiply(const Call& p, const Place<MT>& at, int first, int last,
       } else if constexpr (FORMAT != Format::dense) {
         words = load8(codes + at.lane * 16 + half * 8);
       }
-      uint32_t a[2][4];
+      uint32_t a[2][4];  // W [16 rows, 2 x 16 k]
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         if constexpr (FORMAT == Format::dense) {
@@ -145,7 +147,7 @@ ZO_DEVICE void multiply(const Call& p, const Place<MT>& at, int first, int last,
       }
 #pragma unroll
       for (int j = 0; j < MT; j++) {
-        uint32_t b[4];
+        uint32_t b[4];  // x [8 rows, 32 k]
         ldmatrix4(b, x + swizzled(8 * j + at.lane % 8, 4 * half + at.lane / 8));
         float(&sum)[4] = GROUPED ? part[j] : acc[j];
         mma<T>(sum, a[0], b[0], b[1]);
@@ -211,7 +213,7 @@ __global__ void __launch_bounds__(THREADS) project_kernel(Projection p) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   const int m0 = blockIdx.x * ROWS, first = blockIdx.y * CHUNK, last = smaller(first + CHUNK, p.K);
   for (int r0 = 4 * warp; r0 < p.R; r0 += 4 * WARPS) {
-    float sum[ROWS][4] = {};
+    float sum[ROWS][4] = {};  // of this lane's k, for ranks r0 .. r0 + 3
     for (int k = first + lane; k < last; k += WARP)
 #pragma unroll
       for (int row = 0; row < ROWS; row++) {
@@ -225,7 +227,7 @@ __global__ void __launch_bounds__(THREADS) project_kernel(Projection p) {
     for (int row = 0; row < ROWS; row++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        float v = sum[row][i];
+        float v = sum[row][i];  // of all lanes, in an order that no size changes
 #pragma unroll
         for (int lanes = WARP / 2; lanes > 0; lanes /= 2) v = v + shuffle_xor(v, lanes);
         if (lane == 0 && m0 + row < p.M && r0 + i < p.R) p.h[((int64_t)blockIdx.y * p.M + m0 + row) * p.R + r0 + i] = v;

@@ -137,20 +137,17 @@ class Lane:
         names = inspect.signature(getattr(reference, op)).parameters
         needed = {name: None for name, p in names.items() if p.default is p.empty}
         arguments = needed | dict(format="dense", layout="row", group_size=-1) | arguments
-        x, format = arguments["x"], arguments["format"]
+        x = arguments["x"]
         M, K = x.shape
         rows = torch.full((M, -(-K // 8) * 8 + 8), float("nan"), dtype=x.dtype)[:, :K]
         arguments["x"] = rows.copy_(x)
-        if format in PADDING and arguments["weight"] is not None:
-            fragments = layouts.to_fragments(arguments["weight"], K, PADDING[format])
-            arguments |= dict(weight=fragments, layout="cuda")
+        arguments["weight"] = arranged(arguments["weight"], arguments["format"], K)
         return getattr(self.cuda, op)(**arguments)
 
     def dequantize(self, packed: PackedWeight, out: Tensor, row_start: int = 0) -> None:
         """Rows row_start .. of `packed`, in layout `row`, into out [rows, K]."""
-        K, weight = packed.in_features, packed.weight
-        if packed.format in PADDING:
-            weight = layouts.to_fragments(weight, K, PADDING[packed.format])
+        K = packed.in_features
+        weight = arranged(packed.weight, packed.format, K)
         self.host.given = out
         self.cuda.dequantize(
             weight, packed.scale, packed.offset, packed.nested, packed.format, "cuda", packed.group_size,
@@ -192,6 +189,13 @@ def sanitized(folder: Path, csrc: Path = CSRC) -> Path:
     return driver
 
 
+def arranged(weight: Tensor | None, format: str, K: int) -> Tensor | None:
+    """Codes of layout `row` in layout `cuda`; a dense weight as it is."""
+    if weight is None or format == "dense":
+        return weight
+    return layouts.to_byte_fragments(weight) if format == "int8" else layouts.to_fragments(weight, K, PADDING[format])
+
+
 def planted(csrc: Path, folder: Path, file: str, text: str, fault: str) -> Path:
     """A copy of `csrc` with the first `text` of `file` replaced."""
     copy = Path(shutil.copytree(csrc, folder / "csrc"))
@@ -206,7 +210,7 @@ def takes(packed: PackedWeight | None, K: int) -> bool:
     """Whether the kernels take this weight, in the layout that they read."""
     if packed is None:
         return True
-    layout = "cuda" if packed.format in PADDING and not packed.flat else packed.layout
+    layout = "cuda" if packed.has_layout("cuda") else packed.layout
     dtype = packed.weight.dtype if packed.format == "dense" else torch.float16
     problem = Problem(
         "zo_linear", "cpu", dtype, 1, packed.out_features, K, packed.format, layout, packed.group_size,

@@ -103,7 +103,7 @@ def elsewhere(problem: Problem, weight: str, column: tuple[str, str, str]) -> Pr
     """The problem as a column has it: on its device, the weight in its layout, if it has that there."""
     _, arch, layout = column
     flat = "flat" in weight
-    if not weight or flat or problem.format == "none" or (layout == "cuda" and problem.format in ("dense", "int8")):
+    if not weight or flat or problem.format == "none" or (layout == "cuda" and problem.format == "dense"):
         layout = "row"
     return problem._replace(device="cuda" if arch else "cpu", arch=arch, layout=layout)
 

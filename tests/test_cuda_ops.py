@@ -84,6 +84,7 @@ DENSE = dict(format="dense", layout="row", group_size=-1, code_dtype=BF16, scale
         ({"dtype": F16}, None),
         ({"format": "nf4", "scale_dtype": U8}, None),
         ({"format": "fp4", "scale_dtype": F32}, None),
+        ({"format": "int8"}, None),
         ({"group_size": -1}, None),
         ({"group_size": 40, "K": 40}, None),
         ({"format": "none", "layout": "row"}, None),
@@ -97,7 +98,7 @@ DENSE = dict(format="dense", layout="row", group_size=-1, code_dtype=BF16, scale
         ({"dtype": F32}, "float32 is not bfloat16 or float16"),
         ({"dtype": F64}, "float64 is not bfloat16 or float16"),
         ({"op": "dequantize", "dtype": F64}, "float64 is more than float32"),
-        ({"format": "int8", "layout": "row"}, "int8 weights have no CUDA kernel"),
+        ({"format": "int8", "layout": "row"}, "in layout 'row'; these kernels read 'cuda'"),
         ({"layout": "row"}, "in layout 'row'; these kernels read 'cuda'"),  # flat blocks are in no other
         ({"layout": "cpu"}, "in layout 'cpu'; these kernels read 'cuda'"),
         ({"group_size": 40}, "group_size is 40, not a multiple of 32"),
@@ -308,8 +309,8 @@ def test_a_call_allocates_y_and_its_workspace_and_keeps_neither(lane: Lane) -> N
 
 
 def test_errors_name_the_op(lane: Lane) -> None:
-    with pytest.raises(RuntimeError, match="zo_linear: int8 weights have no CUDA kernel"):
-        lane.zo_linear(x=activations(3, 64, F16), **weight_arguments(stored("int8-row", 4, 64)), out_features=4)
+    with pytest.raises(RuntimeError, match="zo_linear: `group_size` is not a multiple of 32"):
+        lane.zo_linear(x=activations(3, 64, F16), **weight_arguments(stored("int4-g40-bf16", 4, 64)), out_features=4)
 
 
 @needs_module

@@ -202,7 +202,8 @@ def cpu_as_gpu(monkeypatch):
     ("format", "group_size", "N", "K", "layout"),
     [
         ("int4", 32, 32, 64, "cuda"), ("nf4", 64, 33, 100, "cuda"), ("fp4", -1, 24, 40, "cuda"),
-        ("int4", 40, 24, 80, "row"), ("int8", 32, 24, 64, "row"), ("dense", None, 24, 64, "row"),
+        ("int4", 40, 24, 80, "row"), ("int8", 32, 24, 64, "cuda"), ("int8", -1, 32, 64, "cuda"),
+        ("dense", None, 24, 64, "row"),
     ],
 )  # fmt: skip
 def test_a_layer_on_a_gpu_is_stored_as_its_kernels_want(cpu_as_gpu, tmp_path, format, group_size, N, K, layout):

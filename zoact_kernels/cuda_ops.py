@@ -30,6 +30,7 @@ _FLOATS = (torch.float32, *_HALF)
 _ALIGNMENT = 16  # bytes of a copy into shared memory
 _UPDATE_TILE = 512  # elements of a block of zo_update: UPDATE_TILE of kernels.h
 _MOST = 1 << 24  # what the kernels' 32-bit sizes bear
+_MOST_STRIDE = 1 << 28  # elements between rows of x
 _MOST_ROWS = 64 * 65535  # of x: a grid has 65535 blocks of 64
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,8 +267,6 @@ class Cuda:
             return f"{p.dtype} is not bfloat16 or float16" if product else f"{p.dtype} is more than float32"
         if max(p.N, p.K, p.rank, p.base_rank, p.seeds) > _MOST or p.M > _MOST_ROWS:
             return f"a size is above {_MOST} (rows of x: {_MOST_ROWS})"
-        if p.format == "int8":
-            return "int8 weights have no CUDA kernel"
         if p.format == "dense":
             return self._dense_refusal(p, product)
         if p.format != "none":
@@ -295,12 +294,12 @@ class Cuda:
 
         A block takes 64 rows of x, so from the 65th on the weight is read and decoded once more: where few rows share
         a weight this is what one needs, and above other implementations with larger tiles win. A weight costs some
-        1.3 instructions to decode for int4 (eight codes: four lop3, four FMA, two shifts) and 4 for a codebook, each as
-        dear as 16 flops of the tensor cores; from sm_90 on mma.sync reaches three quarters of what they can do.
+        1.3 instructions to decode for int4 (eight codes: four lop3, four FMA, two shifts) or int8, 4 for a codebook,
+        each as dear as 16 flops of the tensor cores; from sm_90 on mma.sync reaches three quarters of what they can do.
         """
         p = problem
         blocks = ceil_div(max(p.M, 1), 64)
-        decode = {"int4": 20.0, "nf4": 64.0, "fp4": 64.0}.get(p.format, 0.0)
+        decode = {"int8": 20.0, "int4": 20.0, "nf4": 64.0, "fp4": 64.0}.get(p.format, 0.0)
         bits = {"dense": 8 * p.code_dtype.itemsize, "int8": 9, "int4": 5, "nf4": 5, "fp4": 5, "none": 0}[p.format]
         flops = 2.0 * p.M * p.N * p.K + 2.0 * p.M * (p.rank + p.base_rank) * (p.N + p.K)
         if p.arch.startswith("sm_") and int(p.arch[3:]) >= 90:
@@ -319,7 +318,11 @@ class Cuda:
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         M, K = rows.shape
         step = _ALIGNMENT // x.element_size()
-        if (rows.stride(1) == 1 or K <= 1) and (rows.stride(0) % step == 0 or M <= 1) and _is_aligned(rows):
+        if (
+            (rows.stride(1) == 1 or K <= 1)
+            and ((rows.stride(0) % step == 0 and rows.stride(0) < _MOST_STRIDE) or M <= 1)
+            and _is_aligned(rows)
+        ):
             return rows
         padded = self.gpu.empty(M, ceil_div(K, step) * step, dtype=x.dtype, device=x.device)[:, :K]
         return padded.copy_(rows)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .formats import FORMATS, PackedWeight
-from .layouts import BLOCK, ceil_div, pack_nibbles, padded_columns, take_fragments
+from .layouts import BLOCK, ceil_div, pack_nibbles, padded_columns, take_byte_fragments, take_fragments
 
 
 class HoldsPacked(Protocol):
@@ -117,7 +117,11 @@ def take_rows(table: PackedWeight, ids: Tensor) -> PackedWeight:
     if table.layout != "cpu":
         rows = {name: tensor[ids] for name, tensor in stored.items() if table.layout == "row" or name != "weight"}
         if table.layout == "cuda":
-            rows["weight"] = pack_nibbles(take_fragments(table.weight, ids, K), FORMATS[table.format].padding)
+            fmt = FORMATS[table.format]
+            if fmt.bits == 4:
+                rows["weight"] = pack_nibbles(take_fragments(table.weight, ids, K), fmt.padding)
+            else:
+                rows["weight"] = take_byte_fragments(table.weight, ids, K)
     else:
         rows = {name: _take_columns(tensor, N, ids) for name, tensor in stored.items()}
         # Not contiguous(), which leaves the odd strides of a dimension of size 1, and `view` minds them.

@@ -12,7 +12,7 @@ fp16: for nf4 and fp4 the bits of bitsandbytes. The float64 result is not rounde
 
 Layouts hold the same codes. `row` is canonical and what checkpoints store. `cpu` is what the CPU kernels read, output
 columns side by side in blocks of 64: see layouts.py, and csrc/formats.h, which says it for C++. `cuda` is what the CUDA
-C++ kernels read of 4-bit formats: codes in tiles of 16 x 64 (layouts.py, csrc/cuda/weight.cuh), scales as in `row`.
+C++ kernels read of all but dense: codes in tiles of 16 x 64 (layouts.py, csrc/cuda/weight.cuh), scales as in `row`.
 
 `nested` keeps the 8-bit absmax of bitsandbytes, fp32 [257 + ceil(scales / 256)]: 256 code values, an offset, one absmax
 for 256 scales each. Scale i is code[scale_i] * absmax[i / 256] + offset, a product and a sum, each rounded to fp32. The
@@ -38,10 +38,12 @@ from .layouts import (
     ceil_div,
     dwords,
     from_blocks,
+    from_byte_fragments,
     from_fragments,
     pack_nibbles,
     padded_columns,
     to_blocks,
+    to_byte_fragments,
     to_fragments,
     unpack_nibbles,
 )
@@ -116,8 +118,8 @@ class PackedWeight:
         return replace(self, **moved)  # type: ignore[arg-type]  # mypy sees the other fields' types as well
 
     def has_layout(self, layout: str) -> bool:
-        """Whether this weight can be stored so: flat blocks have "row" only, "cuda" is for 4-bit formats."""
-        return layout == "row" or not (self.flat or (layout == "cuda" and FORMATS[self.format].bits != 4))
+        """Whether this weight can be stored so: flat blocks have "row" only, "cuda" is for codes."""
+        return layout == "row" or not (self.flat or (layout == "cuda" and self.format == "dense"))
 
     def to_layout(self, layout: str, *, reuse: bool = False) -> PackedWeight:
         """The same codes and scales in another layout; itself if it already is. Exact both ways.
@@ -131,7 +133,7 @@ class PackedWeight:
         if layout == self.layout:
             return self
         if not self.has_layout(layout):
-            has = "blocks run across rows, so it has only 'row'" if self.flat else "only 4-bit formats have it"
+            has = "blocks run across rows, so it has only 'row'" if self.flat else "there is 'row' and 'cpu'"
             raise ValueError(f"`layout` is {layout!r}; for this {self.format} weight {has}")
         if layout == "cuda":
             row = self.to_layout("row")
@@ -157,6 +159,8 @@ class PackedWeight:
         fmt = FORMATS[self.format]
         if fmt.bits == 4:
             return self._unpacked(first, stop, unpack_nibbles)
+        if self.layout == "cuda":
+            return self._tile_rows(first, stop)
         return self._rows_of(self.weight, _code_rows(fmt, self.in_features), first, stop)[:, : self.in_features]
 
     def scales(self, row_start: int = 0, rows: int | None = None) -> Tensor:
@@ -222,7 +226,8 @@ class PackedWeight:
         shape, _ = expected_shapes(self.format, "cuda", self.group_size, self.out_features, self.in_features)
         out = self._storage(shape, reuse)
         for a, b in _chunks(0, self.out_features, self.in_features):
-            tiles = to_fragments(self.weight[a:b], self.in_features, FORMATS[self.format].padding)
+            rows, fmt = self.weight[a:b], FORMATS[self.format]
+            tiles = to_fragments(rows, self.in_features, fmt.padding) if fmt.bits == 4 else to_byte_fragments(rows)
             out[a // FRAGMENT_ROWS : ceil_div(b, FRAGMENT_ROWS)] = tiles
         return out
 
@@ -242,10 +247,9 @@ class PackedWeight:
         """Rows of layout `cuda` as bytes of layout `row`."""
         start = first // FRAGMENT_ROWS
         tiles = self.weight[start : ceil_div(stop, FRAGMENT_ROWS)]
-        padding = FORMATS[self.format].padding
-        return from_fragments(tiles, stop - start * FRAGMENT_ROWS, self.in_features, padding)[
-            first - start * FRAGMENT_ROWS :
-        ]
+        N, K, fmt = stop - start * FRAGMENT_ROWS, self.in_features, FORMATS[self.format]
+        rows = from_fragments(tiles, N, K, fmt.padding) if fmt.bits == 4 else from_byte_fragments(tiles, N, K)
+        return rows[first - start * FRAGMENT_ROWS :]
 
     def _grouped(self, stored: Tensor, first: int, stop: int) -> Tensor:
         return self._rows_of(stored, self.groups, first, stop)
@@ -309,9 +313,9 @@ def expected_shapes(
         return (ceil_div(N * K, 2),), (ceil_div(N * K, span),)
     groups = ceil_div(K, span)
     if layout == "cuda":
-        if fmt.bits != 4:
+        if not fmt.bits:
             raise ValueError(f"`layout` is 'cuda'; {format} has 'row' and 'cpu'")
-        tile = FRAGMENT_ROWS * FRAGMENT_K // 2  # bytes
+        tile = FRAGMENT_ROWS * FRAGMENT_K * fmt.bits // 8  # bytes
         return (ceil_div(N, FRAGMENT_ROWS), ceil_div(K, FRAGMENT_K), tile), (N, groups)
     if layout == "row":
         return (N, ceil_div(K, 2) if fmt.bits == 4 else K), (N, groups) if fmt.scale_dtypes else ()

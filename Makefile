@@ -21,6 +21,8 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(if $(STRICT),-
 # idle one the step takes the same time either way.
 export OMP_WAIT_POLICY ?= passive
 export ZOACT_BUILD_CPU ?= $(if $(STRICT),1,auto)
+# Minutes for nothing without a GPU: tests compile csrc/cuda themselves, for the CPU. ZOACT_BUILD_CUDA=1 make ... does it.
+export ZOACT_BUILD_CUDA ?= 0
 
 .PHONY: setup build test soak sanitize check format demo bench bench-peers bench-gpu test-gpu gpu-report clean
 .DELETE_ON_ERROR:

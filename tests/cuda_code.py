@@ -141,14 +141,16 @@ def build_all(folder: Path) -> dict[str, dict[str, Code]]:
 def shared_memory(lane: Lane) -> dict[str, int]:
     """Kernel -> the shared memory that its launcher asks for, for all that ask for any: tiny calls in the shim."""
     found = {}
-    cases = ("dense", "dense, false", None), ("nf4", "nf4, false", 64), ("int4", "int4, true", 64), (
-        "int4", "int4, false", 64,
+    cases = (
+        ("dense", "dense, false", None), ("int8", "int8, false", 64), ("nf4", "nf4, false", 64),
+        ("int4", "int4, true", 64), ("int4", "int4, false", 64),
     )  # fmt: skip
     for dtype, T in ((torch.float16, "f16"), (torch.bfloat16, "bf16")):
         for M, tiles in ((1, 1), (32, 4), (33, 8)):
             x = torch.zeros(M, 64, dtype=dtype)
             for format, arguments, group_size in cases:
-                w = torch.zeros(16, 64 if format == "dense" else 32, dtype=dtype if format == "dense" else torch.uint8)
+                stored = {"dense": dtype, "int8": torch.int8}.get(format, torch.uint8)
+                w = torch.zeros(16, 32 if stored == torch.uint8 else 64, dtype=stored)
                 scale = None if group_size is None else torch.zeros(16, 1)
                 lane.zo_linear(
                     x, w, scale, scale if "true" in arguments else None, format=format, group_size=group_size or -1,

@@ -14,7 +14,8 @@ from torch import nn
 from . import __version__, native
 from .cpu_ops import Cpu
 from .dispatch import IMPLEMENTATIONS, Explanation, Problem, arch_of, explain, using
-from .layers import ZOLinear, zo_layers
+from .formats import PackedWeight
+from .layers import ZOLinear, gpu_layout, zo_layers
 from .memory import openmp_runtimes
 from .ops import linear_problem
 
@@ -36,6 +37,9 @@ def environment() -> dict[str, str]:
     if compiled is not None:
         about["instruction sets"] = f"{', '.join(native.isas())} (runs {Cpu.isa()})"
         about["built with"] = ", ".join(f"{key} {value}" for key, value in build.items()) or "unknown"
+    about["CUDA kernels"] = native.why_no_cuda() or f"compiled for {', '.join(native.cuda_archs())}"
+    if native.cuda() is None and not native.why_no_cuda():
+        about["CUDA kernels"] += "; not loaded: torch finds no CUDA device"
     runtimes = openmp_runtimes()
     about["OpenMP runtimes"] = ", ".join(runtimes) or "none loaded"
     if len(runtimes) > 1:
@@ -80,29 +84,27 @@ def explain_layers(
     dtype: of the activations; None for the model's own.
     """
     own: torch.dtype = getattr(model, "dtype", torch.float32)
-    problems = {
-        name: layer_problem(layer, max(1, rows // groups) * groups, groups, seeds, dtype or own)
-        for name, layer in zo_layers(model).items()
-    }
-    return {name: explain(_elsewhere(problem, arch) if arch else problem) for name, problem in problems.items()}
+    told = {}
+    for name, layer in zo_layers(model).items():
+        problem = layer_problem(layer, max(1, rows // groups) * groups, groups, seeds, dtype or own)
+        if arch:  # the weight in the layout that a move there gives it
+            problem = problem._replace(device="cuda", arch=arch, layout=gpu_layout(layer.packed(), arch))
+        told[name] = explain(problem)
+    return told
 
 
 def explain_shapes(arch: str, dtype: torch.dtype = torch.bfloat16) -> dict[Problem, Explanation]:
     """What a GPU would run, for a layer of 4096 x 4096 int4 weights, rank 16, two row groups, few rows and many."""
+    N = K = 4096
+    codes = torch.empty(N, K // 2, dtype=torch.uint8, device="meta")
+    scale = torch.empty(N, K // 64, dtype=torch.float16, device="meta")
+    layout = gpu_layout(PackedWeight("int4", "row", 64, N, K, codes, scale), arch)
     problems = [
-        _elsewhere(
-            Problem("zo_linear", "cuda", dtype, M, 4096, 4096, "int4", "row", 64, torch.uint8, torch.float16, 16, 0,
-                    2, 1, "normal"),
-            arch,
-        )
+        Problem("zo_linear", "cuda", dtype, M, N, K, "int4", layout, 64, codes.dtype, scale.dtype, 16, 0, 2, 1,
+                "normal", (), arch)
         for M in (2, 16, 32, 64, 128, 512, 4096)
     ]  # fmt: skip
     return {problem: explain(problem) for problem in problems}
-
-
-def _elsewhere(problem: Problem, arch: str) -> Problem:
-    """The same problem on a GPU, its weight in the layout that a move there gives it."""
-    return problem._replace(device="cuda", arch=arch, layout="row")
 
 
 def pin(

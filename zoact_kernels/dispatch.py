@@ -16,6 +16,7 @@ import torch
 
 from . import reference
 from .cpu_ops import Cpu
+from .cuda_ops import Cuda
 from .triton_ops import Panel, Triton
 
 
@@ -80,13 +81,16 @@ class Reference:
         return None
 
     def cost(self, problem: Problem) -> tuple[float, float]:
-        """(flops, bytes): the kernels' work, and D(W) and every Z written and read once more."""
+        """(flops, bytes): the kernels' work, and D(W) and every Z written and read once more. Its products are fp32,
+        which the tensor cores behind ROOF["cuda"] do not do: an A100 then has a sixteenth of its half precision."""
         p = problem
         flops = 2.0 * p.M * p.N * p.K + 2.0 * p.M * p.rank * (p.N + p.K) * p.groups
+        flops *= 16 if p.device == "cuda" else 1
         return flops, 4.0 * (5 * p.N * p.K + p.M * (p.N + p.K) + 40.0 * p.seeds * p.N * max(p.rank, 1))
 
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (Triton(), Panel(), Cpu(), Reference())
+# Of equal costs the first wins.
+IMPLEMENTATIONS: tuple[Implementation, ...] = (Cuda(), Triton(), Panel(), Cpu(), Reference())
 
 # (flop/s, bytes/s) that turn a modelled cost into seconds: one core of the machine in benchmarks/results, and the half
 # precision and memory speed of an A100's data sheet. Only ratios between implementations on one device matter.
@@ -128,10 +132,14 @@ def _seconds(implementation: Implementation, problem: Problem) -> float:
 def choose(problem: Problem, forced: str | None = None, batch_invariant: bool = False) -> Implementation:
     """The implementation that runs `problem`: the cheapest that does not decline; `forced` allows only one.
 
+    An implementation that has no such op at all (panel is zo_linear alone) leaves it to the others, forced or not.
+
     Raises:
         RuntimeError: `forced` declines, or none is left when `batch_invariant` is asked for.
     """
     reasons = {}
+    if not any(i.name == forced and hasattr(i, problem.op) for i in IMPLEMENTATIONS):
+        forced = None
     best: tuple[float, Implementation] | None = None
     for implementation in IMPLEMENTATIONS:
         if forced is not None and implementation.name != forced:

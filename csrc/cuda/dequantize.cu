@@ -1,9 +1,9 @@
-// dequantize: out [rows, K] fp32 | fp16 | bf16 = D(W)[row_start .. row_start + rows], W int4, nf4, fp4 or dense
+// dequantize: out [rows, K] fp32 | fp16 | bf16 = D(W)[row_start .. row_start + rows], W int4, int8, nf4, fp4 or dense
 //
 // The bits of reference.dequantize: the weight in fp32 (weight.cuh), rounded once more to the dtype of out.
 //
-//   4-bit   a thread takes word i of four neighbouring lanes of a tile of layout `cuda`: 16 k of rows g and g + 8, in
-//           stores of 16 bytes. A warp takes a tile, whose 512 bytes leave memory once.
+//   codes   a thread takes what four neighbouring lanes of a tile of layout `cuda` have of 16 k of rows g and g + 8, in
+//           stores of 16 bytes. A warp takes a tile, whose bytes leave memory once.
 //   dense   eight neighbours a thread; rows that follow one another are one long row.
 //
 // Bound: bandwidth, mostly that of out.
@@ -62,34 +62,39 @@ struct Unpack {
 };
 
 // A warp is a tile, counted along k from the one that holds row_start.
-template <class T>
+template <class T, bool BYTES>
 __global__ void __launch_bounds__(THREADS) unpack_kernel(const __grid_constant__ Unpack p) {
   const Stored& w = p.w;
   float* const table = (float*)shared_memory();
   if (threadIdx.x < 16) table[threadIdx.x] = w.table[threadIdx.x];
   __syncthreads();  // the table is there
-  const int lane = threadIdx.x % WARP, g = lane / 4, word = lane % 4;
+  const int lane = threadIdx.x % WARP, g = lane / 4, step = lane % 4;
   const int tile = blockIdx.x * WARPS + threadIdx.x / WARP;
-  const int row = p.row_start / TILE_N + tile / w.blocks, column = tile % w.blocks;
+  const int row = p.row_start / TILE_N + tile / w.blocks, column = tile % w.blocks;  // of tiles
   if (row * TILE_N >= p.stop) return;
-  const char* const from = (const char*)w.codes + ((int64_t)row * w.blocks + column) * TILE_BYTES + g * 64 + word * 4;
-  uint32_t words[4];  // k = 2 t, 2 t + 1 and 8 more, of both rows
+  const char* const from =
+      tile_at(w, row * TILE_N, column * TILE_K) + g * 64 + (BYTES ? step / 2 * 512 + step % 2 * 8 : step * 4);
+  Word2 words[4];  // k = 2 t, 2 t + 1 and 8 more, of both rows: four bytes and four, or eight nibbles
 #pragma unroll
-  for (int t = 0; t < 4; t++) words[t] = *(const uint32_t*)(from + t * 16);
+  for (int t = 0; t < 4; t++) {
+    if (BYTES) words[t] = load8(from + t * 16);
+    else words[t].w[0] = *(const uint32_t*)(from + t * 16);
+  }
 #pragma unroll
   for (int low = 0; low < 2; low++) {
     const int n = row * TILE_N + g + 8 * low;
     if (n < p.row_start || n >= p.stop) continue;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int k = column * TILE_K + word * 16 + half * 8, group = k / w.group_size;
+      const int k = column * TILE_K + step * 16 + half * 8, group = k / w.group_size;  // groups are multiples of 8
       if (k >= w.K) continue;
       const float scale = scale_at(w, n, group), offset = offset_at(w, n, group);
-      float v[8];
+      float v[8];  // W[n, k .. k + 7]
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        const int code = words[i / 2] >> 4 * (low + 2 * half + 4 * (i % 2)) & 15;
-        v[i] = weight_of(w, table[code], scale, offset);
+        const float c = BYTES ? byte_at(words[i / 2].w[half], 2 * low + i % 2)
+                              : table[words[i / 2].w[0] >> 4 * (low + 2 * half + 4 * (i % 2)) & 15];
+        v[i] = weight_of(w, c, scale, offset);
       }
       store_some((T*)p.out + (int64_t)(n - p.row_start) * w.K + k, w.K - k, v);
     }
@@ -99,9 +104,10 @@ __global__ void __launch_bounds__(THREADS) unpack_kernel(const __grid_constant__
 struct Copy {
   const void* from;
   void* out;
-  int64_t count;
+  int64_t count;  // of elements
 };
 
+// Dense: from S to T through fp32, which holds both.
 template <class S, class T>
 __global__ void __launch_bounds__(THREADS) copy_kernel(Copy p) {
   const int64_t first = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * 8, left = p.count - first;
@@ -123,11 +129,12 @@ __global__ void __launch_bounds__(THREADS) copy_kernel(Copy p) {
 template <class T>
 const char* unpack(const Dequantize& d) {
   const Stored w = stored_of(d);
+  // Whole tiles of rows, so that the first and the last may hold rows that nobody asked for.
   const int64_t tiles = (ceil_div(d.row_start + d.rows, TILE_N) - d.row_start / TILE_N) * w.blocks;
   if (tiles > 0x7fffffff) return "more than 2^31 tiles of 16 x 64";
   const dim3 grid((unsigned)ceil_div(tiles, WARPS));
-  return launch(unpack_kernel<T>, grid, THREADS, 16 * sizeof(float), d.stream,
-                Unpack{w, d.out, (int)d.row_start, (int)(d.row_start + d.rows)});
+  return launch(d.format == Format::int8 ? unpack_kernel<T, true> : unpack_kernel<T, false>, grid, THREADS,
+                16 * sizeof(float), d.stream, Unpack{w, d.out, (int)d.row_start, (int)(d.row_start + d.rows)});
 }
 
 template <class S, class T>
@@ -154,9 +161,7 @@ const char* run(const Dequantize& d) {
 const char* dequantize(const Dequantize& d) {
   const int64_t most = 1 << 24;  // what 32-bit sizes bear
   if (d.rows <= 0 || d.K <= 0) return nullptr;
-  if (d.format == Format::int8) return "int8 weights have no CUDA kernel";
   if (d.N > most || d.K > most) return "N or K is above 2^24";
-  if (d.format != Format::dense && d.group_size % 8 && d.group_size < d.K) return "`group_size` is not a multiple of 8";
   switch (d.dtype) {
     case DType::f32: return run<float>(d);
     case DType::f16: return run<f16>(d);

@@ -61,7 +61,7 @@ struct ZoLinear {
   void* y;        // [M, N] contiguous, dtype of x
   DType dtype;    // f16 or bf16
   int64_t M, x_stride;
-  const void* codes;  // int4, nf4, fp4: layout `cuda` (weight.cuh); dense: [N, K] row-major, dtype of x; null: W = 0
+  const void* codes;  // layout `cuda` (weight.cuh); dense: [N, K] row-major, dtype of x; null: W = 0
   const void* scale;  // [N, groups] row-major; null for dense
   const void* offset; // like scale, int4 only; null for w = (q - 8) * scale
   const float* nested;  // scale is u8: 256 code values, then one offset, then one absmax per 256 scales

@@ -52,6 +52,7 @@ ZO_DEVICE uint64_t signs64(int64_t seed, uint32_t param_id, uint64_t e) {
   const uint64_t first = bit < 64 ? low : high;
   return bit & 63 ? first >> (bit & 63) | next << (64 - (bit & 63)) : first;
 }
+// The first four of them as floats.
 ZO_DEVICE void signs4(uint64_t bits, float (&z)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; i++) z[i] = bits >> i & 1 ? 1.0f : -1.0f;

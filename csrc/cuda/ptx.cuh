@@ -132,6 +132,21 @@ ZO_DEVICE uint32_t and_or(uint32_t a, uint32_t c) {
 #endif
 }
 
+// Byte i of the result is byte (SELECTOR >> 4 i & 15) of the eight bytes of a, then b.
+template <uint32_t SELECTOR>
+ZO_DEVICE uint32_t permute(uint32_t a, uint32_t b) {
+#ifdef __CUDACC__
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "n"(SELECTOR));
+  return d;
+#else
+  const uint64_t bytes = (uint64_t)b << 32 | a;
+  uint32_t d = 0;
+  for (int i = 0; i < 4; i++) d |= (uint32_t)(bytes >> 8 * (SELECTOR >> 4 * i & 15) & 255) << 8 * i;
+  return d;
+#endif
+}
+
 // ---------------------------------------------------------------- memory
 
 // 16 or 8 bytes at once, at an address that they divide.

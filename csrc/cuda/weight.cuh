@@ -3,8 +3,12 @@
 //
 // Layout `cuda` of 4-bit codes: tiles of 16 rows (n) x 64 columns (k), tile after tile along k, 512 bytes each; lane
 // 4 g + t of a warp owns 16 bytes of it, word i for k = 16 i ..: the fragment a[0 .. 3] of ptx.cuh, where nibble j is
-// the low half of a[j] and nibble j + 4 the high one. N and K are filled up with the code that decodes to zero. A dense
-// weight is [N, K] row-major, scales and offsets are [N, groups].
+// the low half of a[j] and nibble j + 4 the high one. N and K are filled up with the code that decodes to zero.
+//
+// Layout `cuda` of int8: tiles of 1024 bytes, first their k < 32, then the others. A lane owns 16 bytes of each half:
+// words 2 i and 2 i + 1 for k = 16 i .., four bytes for a[0] and a[1], four for a[2] and a[3].
+//
+// A dense weight is [N, K] row-major, scales and offsets are [N, groups].
 #pragma once
 #include "kernels.h"
 #include "ptx.cuh"
@@ -12,7 +16,8 @@
 namespace zo {
 namespace cuda {
 
-constexpr int TILE_N = 16, TILE_K = 64, TILE_BYTES = TILE_N * TILE_K / 2;
+constexpr int TILE_N = 16, TILE_K = 64;
+ZO_HD constexpr int tile_bytes(Format format) { return format == Format::int8 ? TILE_N * TILE_K : TILE_N * TILE_K / 2; }
 
 // What a kernel is told of it. Sizes are 32 bits wide: a GPU divides 64 bits by calling a subroutine.
 struct Stored {
@@ -79,6 +84,27 @@ ZO_DEVICE void int4_fragment<bf16>(uint32_t word, uint32_t (&a)[4]) {
     a[i] = fma2<bf16>(and_or<0x000f000fu>(word, 0x43004300u), 0x3f803f80u, 0xc308c308u);  // (128 + q) - 136
 }
 
+// The same of eight bytes.
+template <class T>
+ZO_DEVICE void int8_fragment(uint32_t low, uint32_t high, uint32_t (&a)[4]);
+template <>
+ZO_DEVICE void int8_fragment<f16>(uint32_t low, uint32_t high, uint32_t (&a)[4]) {
+  const uint32_t pairs[4] = {permute<0x4140>(low ^ 0x80808080u, 0x64646464u),
+                             permute<0x4342>(low ^ 0x80808080u, 0x64646464u),
+                             permute<0x4140>(high ^ 0x80808080u, 0x64646464u),
+                             permute<0x4342>(high ^ 0x80808080u, 0x64646464u)};
+#pragma unroll
+  for (int i = 0; i < 4; i++) a[i] = fma2<f16>(pairs[i], 0x3c003c00u, 0xe480e480u);  // (1024 + q + 128) - 1152
+}
+template <>
+ZO_DEVICE void int8_fragment<bf16>(uint32_t low, uint32_t high, uint32_t (&a)[4]) {
+  const uint32_t pairs[4] = {permute<0x4140>(low, 0x43434343u), permute<0x4342>(low, 0x43434343u),
+                             permute<0x4140>(high, 0x43434343u), permute<0x4342>(high, 0x43434343u)};
+#pragma unroll
+  for (int i = 0; i < 4; i++)  // q = low seven bits - 128 sign: (128 + seven bits) - 128, or - 256
+    a[i] = fma2<bf16>(pairs[i] & 0xff80ff80u, 0xbf80bf80u, pairs[i] & 0xff7fff7fu);
+}
+
 // The same through a codebook in shared memory: 16 words in 16 banks, so that lanes never wait for one another.
 // scales[0] is of row g, scales[1] of row g + 8.
 template <class T>
@@ -88,18 +114,13 @@ ZO_DEVICE void table_fragment(uint32_t word, const float* table, const float (&s
     a[i] = pack<T>(table[word >> 4 * i & 15] * scales[i & 1], table[word >> (4 * i + 16) & 15] * scales[i & 1]);
 }
 
-// Where k .. k + 3 of row n lie, k a multiple of 4: nibbles `nibble` and `nibble` + 4 of words[0] and of words[1].
-struct Four {
-  uint32_t words[2];
-  int nibble;
-  ZO_DEVICE int code(int i) const { return words[i / 2] >> 4 * (nibble + 4 * (i & 1)) & 15; }
-};
-ZO_DEVICE Four four_codes(const Stored& w, int n, int k) {
-  const int lane = n % 8 * 4 + k % 8 / 2, column = k % TILE_K;
-  const char* const tile = (const char*)w.codes + ((int64_t)(n / TILE_N) * w.blocks + k / TILE_K) * TILE_BYTES;
-  const char* const word = tile + lane * 16 + column / 16 * 4;
-  return {{*(const uint32_t*)word, *(const uint32_t*)(word + 16)}, n / 8 % 2 + column % 16 / 8 * 2};
+// The tile of row n and column k.
+ZO_DEVICE const char* tile_at(const Stored& w, int n, int k) {
+  return (const char*)w.codes + ((int64_t)(n / TILE_N) * w.blocks + k / TILE_K) * tile_bytes(w.format);
 }
+
+// Byte i of a word of int8.
+ZO_DEVICE float byte_at(uint32_t word, int i) { return (float)(int8_t)(word >> 8 * i & 255); }
 
 // D(W) of a code whose value in the table is c, the bits of reference.dequantize in fp32. An offset is added in one
 // rounding; the reference adds in fp64 first, which is the same but for offsets of less than 2^-52 of the weight.
@@ -107,13 +128,21 @@ ZO_DEVICE float weight_of(const Stored& w, float c, float scale, float offset) {
   return w.offset ? fmaf(c + 8.0f, scale, offset) : c * scale;
 }
 
-// D(W)[n, k .. k + 3] for a 4-bit format; n < N, k a multiple of 4 below K. `table` is w.table in shared memory.
+// D(W)[n, k .. k + 3] in layout `cuda`; n < N, k a multiple of 4 below K. `table` is w.table in shared memory.
 ZO_DEVICE void four_weights(const Stored& w, const float* table, int n, int k, float (&v)[4]) {
-  const Four four = four_codes(w, n, k);
+  const int lane = n % 8 * 4 + k % 8 / 2, column = k % TILE_K, row = n / 8 % 2, high = column % 16 / 8;  // of a[..]
+  const bool bytes = w.format == Format::int8;
+  const char* const word =
+      tile_at(w, n, k) + lane * 16 + (bytes ? column / 32 * 512 + column % 32 / 16 * 8 + high * 4 : column / 16 * 4);
+  const uint32_t words[2] = {*(const uint32_t*)word, *(const uint32_t*)(word + 16)};  // k, k + 1; k + 2, k + 3
   const int group = k / w.group_size;
   const float scale = scale_at(w, n, group), offset = offset_at(w, n, group);
 #pragma unroll
-  for (int i = 0; i < 4; i++) v[i] = weight_of(w, table[four.code(i)], scale, offset);
+  for (int i = 0; i < 4; i++) {
+    const float c = bytes ? byte_at(words[i / 2], 2 * row + i % 2)
+                          : table[words[i / 2] >> 4 * (row + 2 * high + 4 * (i % 2)) & 15];
+    v[i] = weight_of(w, c, scale, offset);
+  }
 }
 
 }  // namespace

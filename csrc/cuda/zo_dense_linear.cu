@@ -1,6 +1,6 @@
 // zo_dense_linear: y_g = x_g . (D(W) + f * sum_s sigmas[g, s] Z_s)^T + bias, f = mask * noise_scale
 //
-//   x [M, K], y [M, N] fp16 | bf16;  W int4, nf4, fp4 or dense;  Z_s [N, K] made here, alive in registers only
+//   x [M, K], y [M, N] fp16 | bf16;  W int4, int8, nf4, fp4 or dense;  Z_s [N, K] made here, alive in registers only
 //   sigmas [G, S], noise_scale [N, K] fp32;  mask: |D(W)| <= mask_value, or a share mask_value of all elements
 //
 //   product   x . D(W)^T: the kernel of zo_linear.cu
@@ -35,7 +35,7 @@ struct Noisy {
   const float* noise_scale;
 };
 
-// How Z and x become operands.
+// How Z and x become operands. SHAPED: there is a factor f.
 template <class T, Noise NOISE, bool SHAPED>
 struct Operands {
   using Type = std::conditional_t<SHAPED, bf16, T>;
@@ -118,19 +118,19 @@ __global__ void __launch_bounds__(THREADS, SHAPED ? 2 : MT > 1 ? 3 : 4) noise_ke
   for (int row = 0; row < 2; row++) e[row] = (uint64_t)(c.z.row_offset + at.n + 8 * row) * (uint64_t)c.z.cols;
   const RowCopies<8 * MT> copies(c.z.x, c.z.x_stride, at.m0, c.M, c.w.K);
   const auto send = [&](int kb, char* stage) { copies.fetch(kb, stage); };
-  float acc[MT][4] = {};
+  float acc[MT][4] = {};  // of all seeds
   for (int s = 0; s < c.S; s++) {
     const int64_t seed = c.z.seeds[s];
-    float sums[MT][4] = {};
+    float sums[MT][4] = {};  // x . (f Z_s)^T
     pipeline<STAGE>(first, last, memory, send, [&](int kb, const char* x) {
-      uint64_t signs[2] = {};
+      uint64_t signs[2] = {};  // of this stage's 64 k, from this lane's first on
 #pragma unroll
       for (int row = 0; row < 2 && NOISE == Noise::rademacher; row++)
         signs[row] = signs64(seed, param_id, e[row] + kb * BK) >> 4 * at.t;
 #pragma unroll 1  // the generator is long
       for (int step = 0; step < BK / 16; step++) {
         const int k = kb * BK + 16 * step + 4 * at.t;
-        float z[2][4];
+        float z[2][4];  // rows n and n + 8, k .. k + 3
 #pragma unroll
         for (int row = 0; row < 2; row++) {
           if (NOISE == Noise::normal) {
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(THREADS, SHAPED ? 2 : MT > 1 ? 3 : 4) noise_ke
           }
           if (SHAPED) shape<T>(p, table, at.n + 8 * row, k, e[row] + k, z[row]);
         }
-        Word2 right[MT];
+        Word2 right[MT];  // x [8 MT rows, 16 k], four neighbours a lane
 #pragma unroll
         for (int j = 0; j < MT; j++)
           right[j] = load8(x + swizzled(8 * j + at.g, 2 * step + at.t / 2) + at.t % 2 * 8);

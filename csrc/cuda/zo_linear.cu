@@ -1,6 +1,6 @@
 // zo_linear: y_g = x_g . D(W)^T + (x_g . A0) . C0^T + (x_g . A) . (C + C_g + sum_s sigmas[g, s] Z_s)^T + bias
 //
-//   x [M, K], y [M, N] fp16 | bf16;  W int4, nf4, fp4 or dense;  A [K, R], C [N, R] fp32;  Z_s [N, R] made here
+//   x [M, K], y [M, N] fp16 | bf16;  W int4, int8, nf4, fp4 or dense;  A [K, R], C [N, R] fp32;  Z_s [N, R] made here
 //
 //   project   h = x . A in fp32, where h is not given: chunks of CHUNK k, which whoever reads h sums in their order
 //   product   x . D(W)^T on tensor cores, 64 rows of W times up to 64 of x; then the low-rank terms, where K is whole
@@ -12,6 +12,7 @@
 //   int4        lop3 puts a nibble into the mantissa of 1024.0 (fp16) or 128.0 (bf16), and one FMA leaves q - 8, exact.
 //               Codes are multiplied as they are; the scale meets their sum at the end of a group, in fp32, and so does
 //               offset + 8 scale the sum of x (by a product with ones).
+//   int8        the same with bytes, which lie in the mantissas of 1024.0 and 128.0 in one piece and in two.
 //   nf4, fp4    table[q] * scale in fp32, rounded to the dtype of x: the bits of dequantize(dtype).
 //
 // Bound: the bytes of W up to about 64 rows, tensor cores above.
@@ -25,9 +26,10 @@ constexpr int CHUNK = 512;  // k of a partial sum of h
 
 // ---------------------------------------------------------------- product
 
+// A stage in shared memory: what a warp has of its 16 rows of W, warp after warp, then the rows of x, 128 bytes each.
 template <Format FORMAT>
-ZO_HD constexpr int code_bytes() {  // of a stage of a warp
-  return FORMAT == Format::dense ? 16 * BK * 2 : 16 * BK / 2;
+ZO_HD constexpr int code_bytes() {  // of a warp
+  return FORMAT == Format::dense ? 16 * BK * 2 : tile_bytes(FORMAT);
 }
 template <Format FORMAT, int MT>
 ZO_HD constexpr int stage_bytes() {
@@ -38,23 +40,26 @@ ZO_HD constexpr int product_bytes() {
   return STAGES * stage_bytes<FORMAT, MT>() + 16 * (int)sizeof(float);  // and the table of a codebook
 }
 
-// Blocks of k on their way to a stage: 16 bytes of 4-bit codes a lane, or the rows of a dense W; and the rows of x.
+// Blocks of k on their way to a stage: 16 or 32 bytes of codes a lane, or the rows of a dense W; and the rows of x.
 template <Format FORMAT, int MT>
 struct Copies {
-  RowCopies<8 * MT> x;
-  RowCopies<FORMAT == Format::dense ? BN : 0> dense;
-  const char* codes;
-  int to = threadIdx.x * 16;
+  RowCopies<8 * MT> x;                                // [8 MT, BK]
+  RowCopies<FORMAT == Format::dense ? BN : 0> dense;  // [BN, BK]
+  const char* codes;  // of this lane, in the first tile of its warp's 16 rows
+  int to;             // where they go in a stage
   ZO_DEVICE Copies(const Call& p, const Place<MT>& at)
       : x(p.z.x, p.z.x_stride, at.m0, p.M, p.w.K), dense(p.w.codes, p.w.K, at.n0, p.w.N, p.w.K) {
-    const int tile = smaller(at.n0 / TILE_N + at.warp, (p.w.N - 1) / TILE_N);  // rows of a tile too many: RowCopies
-    codes = (const char*)p.w.codes + (int64_t)tile * p.w.blocks * TILE_BYTES + at.lane * 16;
+    const int tile = smaller(at.n0 / TILE_N + at.warp, (p.w.N - 1) / TILE_N);  // a tile too many: as in RowCopies
+    codes = (const char*)p.w.codes + (int64_t)tile * p.w.blocks * tile_bytes(FORMAT) + at.lane * 16;
+    to = at.warp * code_bytes<FORMAT>() + at.lane * 16;
   }
   ZO_DEVICE void fetch(int kb, char* stage) const {
     if constexpr (FORMAT == Format::dense) {
       dense.fetch(kb, stage);
     } else {
-      async_copy16(stage + to, codes + (int64_t)kb * TILE_BYTES);
+      const char* const tile = codes + (int64_t)kb * tile_bytes(FORMAT);
+      async_copy16(stage + to, tile);
+      if (FORMAT == Format::int8) async_copy16(stage + to + 512, tile + 512);
     }
     x.fetch(kb, stage + WARPS * code_bytes<FORMAT>());
   }
@@ -62,8 +67,8 @@ struct Copies {
 
 // The scale of this thread's two rows, and how many halves of a block of k they still hold for.
 struct Scales {
-  float scale[2], offset[2];
-  int group, left;
+  float scale[2], offset[2];  // of rows n and n + 8
+  int group, left;            // left: halves, 32 k each
 };
 
 // For int4 they are needed at the end of their group, which hides the load. Codes are centred, so the offset is too.
@@ -97,12 +102,14 @@ ZO_DEVICE void fold(const Scales& s, float (&part)[MT][4], float (&sums)[OFFSET 
 // acc += x . D(W)^T of the block over blocks first .. last - 1 of k.
 template <class T, Format FORMAT, bool OFFSET, int MT>
 ZO_DEVICE void multiply(const Call& p, const Place<MT>& at, int first, int last, char* memory, float (&acc)[MT][4]) {
-  constexpr bool GROUPED = FORMAT == Format::int4;  // codes as they are, the scale at the end of a group
+  // Codes as they are, the scale at the end of a group.
+  constexpr bool GROUPED = FORMAT == Format::int4 || FORMAT == Format::int8;
   constexpr int STAGE = stage_bytes<FORMAT, MT>();
+  // As the left operand, ones give the sum of each row of x in all rows of C.
   const uint32_t one = (uint32_t)from_float<T>(1.0f).bits * 0x10001u, ones[4] = {one, one, one, one};
   float* const table = (float*)(memory + STAGES * STAGE);
   if (FORMAT == Format::nf4 && threadIdx.x < 16) table[threadIdx.x] = p.w.table[threadIdx.x];
-  float part[MT][4] = {}, sums[OFFSET ? MT : 1][4] = {};
+  float part[MT][4] = {}, sums[OFFSET ? MT : 1][4] = {};  // of codes times x, and of x, in the group at hand
   Scales s = {};
   if (FORMAT != Format::dense) {
     s.group = first * BK / p.w.group_size;
@@ -118,13 +125,20 @@ ZO_DEVICE void multiply(const Call& p, const Place<MT>& at, int first, int last,
 #pragma unroll(FORMAT == Format::dense ? 2 : 1)  // the end of a group is long
     for (int half = 0; half < 2; half++) {
       Word2 words = {};
-      if constexpr (FORMAT != Format::dense) words = load8(codes + at.lane * 16 + half * 8);
-      uint32_t a[2][4];
+      Word4 bytes = {};
+      if constexpr (FORMAT == Format::int8) {
+        bytes = load16(codes + at.lane * 16 + half * 512);
+      } else if constexpr (FORMAT != Format::dense) {
+        words = load8(codes + at.lane * 16 + half * 8);
+      }
+      uint32_t a[2][4];  // W [16 rows, 2 x 16 k]
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         if constexpr (FORMAT == Format::dense) {
           const int matrix = at.lane / 8;
           ldmatrix4(a[i], codes + swizzled(at.lane % 8 + 8 * (matrix & 1), 4 * half + 2 * i + matrix / 2));
+        } else if constexpr (FORMAT == Format::int8) {
+          int8_fragment<T>(bytes.w[2 * i], bytes.w[2 * i + 1], a[i]);
         } else if constexpr (FORMAT == Format::int4) {
           int4_fragment<T>(words.w[i], a[i]);
         } else {
@@ -133,7 +147,7 @@ ZO_DEVICE void multiply(const Call& p, const Place<MT>& at, int first, int last,
       }
 #pragma unroll
       for (int j = 0; j < MT; j++) {
-        uint32_t b[4];
+        uint32_t b[4];  // x [8 rows, 32 k]
         ldmatrix4(b, x + swizzled(8 * j + at.lane % 8, 4 * half + at.lane / 8));
         float(&sum)[4] = GROUPED ? part[j] : acc[j];
         mma<T>(sum, a[0], b[0], b[1]);
@@ -199,7 +213,7 @@ __global__ void __launch_bounds__(THREADS) project_kernel(Projection p) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   const int m0 = blockIdx.x * ROWS, first = blockIdx.y * CHUNK, last = smaller(first + CHUNK, p.K);
   for (int r0 = 4 * warp; r0 < p.R; r0 += 4 * WARPS) {
-    float sum[ROWS][4] = {};
+    float sum[ROWS][4] = {};  // of this lane's k, for ranks r0 .. r0 + 3
     for (int k = first + lane; k < last; k += WARP)
 #pragma unroll
       for (int row = 0; row < ROWS; row++) {
@@ -213,7 +227,7 @@ __global__ void __launch_bounds__(THREADS) project_kernel(Projection p) {
     for (int row = 0; row < ROWS; row++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        float v = sum[row][i];
+        float v = sum[row][i];  // of all lanes, in an order that no size changes
 #pragma unroll
         for (int lanes = WARP / 2; lanes > 0; lanes /= 2) v = v + shuffle_xor(v, lanes);
         if (lane == 0 && m0 + row < p.M && r0 + i < p.R) p.h[((int64_t)blockIdx.y * p.M + m0 + row) * p.R + r0 + i] = v;
@@ -252,6 +266,8 @@ const char* launch_product(const Call& p) {
   static_assert(product_bytes<Format::int4, MT>() >= low_rank_bytes<MT>(), "the low-rank terms fit into the pipeline");
   if (p.w.format == Format::dense)
     return run(product_kernel<T, Format::dense, false, MT>, product_bytes<Format::dense, MT>());
+  if (p.w.format == Format::int8)
+    return run(product_kernel<T, Format::int8, false, MT>, product_bytes<Format::int8, MT>());
   if (p.w.format != Format::int4)
     return run(product_kernel<T, Format::nf4, false, MT>, product_bytes<Format::nf4, MT>());
   return run(p.w.offset ? product_kernel<T, Format::int4, true, MT> : product_kernel<T, Format::int4, false, MT>,
@@ -284,7 +300,6 @@ Call call_of(const ZoLinear& z) {
 const char* refusal(const ZoLinear& z) {
   if (z.dtype != DType::f16 && z.dtype != DType::bf16) return "`x` is not float16 or bfloat16";
   if ((uintptr_t)z.x % 16 || z.x_stride % 8) return "rows of `x` are not aligned to 16 bytes";
-  if (z.format == Format::int8) return "int8 weights have no CUDA kernel";
   if (z.codes && (uintptr_t)z.codes % 16) return "`weight` is not aligned to 16 bytes";
   if (z.codes && z.format == Format::dense && z.K % 8) return "a dense weight needs K to be a multiple of 8";
   if (z.codes && z.format != Format::dense && z.group_size % 32 && z.group_size < z.K)

@@ -74,7 +74,7 @@ class Triton:
         if p.dtype not in _ACTIVATIONS:
             return f"{p.dtype} is not float32, bfloat16 or float16"
         if p.layout != "row":
-            return f"layout {p.layout!r} is one of CPU kernels; these read 'row'"
+            return f"the weight is in layout {p.layout!r}; these kernels read 'row'"
         if p.format == "dense" and p.code_dtype not in _ACTIVATIONS:
             return f"the dense weight is {p.code_dtype}"
         if p.op == "zo_dense_linear" and "noise on the scales" in p.features:
@@ -121,7 +121,8 @@ class Panel:
 
     def refusal(self, problem: Problem) -> str | None:
         p = problem
-        if (reason := Triton().refusal(p)) is not None:
+        read = p._replace(layout="row") if p.layout == "cuda" else p  # the op dequantises it
+        if (reason := Triton().refusal(read)) is not None:
             return reason
         if p.op != "zo_linear" or p.format == "none":
             return f"{p.op} without a weight has no panel" if p.op == "zo_linear" else f"{p.op} has no panel"

@@ -46,7 +46,7 @@ def zo_linear(x, weight, scale, offset, nested, bias, base_basis, base_coeff, ba
         width = max(64, min(PANEL // (K * x.element_size()), SUMS // (4 * M)) // 64 * 64)
         for first in range(0, N, width):
             count = min(width, N - first)
-            panel = dequantize(
+            panel = (dequantize if layout == "row" else torch.ops.zoact.dequantize)(
                 weight, scale, offset, nested, format, layout, group_size, N, K, x.dtype, first, count
             )  # fmt: skip
             finish(y, sums32(rows, panel)[None], bias, *low_rank, first)

@@ -147,7 +147,7 @@ def test_zo_linear_int8_codes_are_exact(lane: Lane, dtype: torch.dtype) -> None:
     """Each of the 256 codes by itself: x is the unit matrix, the scale one."""
     codes = torch.arange(-128, 128).to(torch.int8).view(4, 64)
     y = lane.mode().zo_linear(
-        torch.eye(64, dtype=dtype), codes, torch.ones(4, 1), format="int8", out_features=4,
+        x=torch.eye(64, dtype=dtype), weight=codes, scale=torch.ones(4, 1), format="int8", out_features=4,
     )  # fmt: skip
     assert torch.equal(y.T, codes.to(dtype))
 

@@ -1,7 +1,8 @@
 """The weight formats of formats.py as device functions: a tile of D(W), whatever the format.
 
 Contract: `weight_tile` gives fp32 [BN, BK], bit for bit formats.PackedWeight.dequantize(torch.float32) of layout `row`,
-in kernels compiled with enable_fp_fusion=False; elements outside [N, K] are finite (the caller's x is zero there).
+in kernels compiled with enable_fp_fusion=False; columns from K on are finite (the caller's x is zero there), and a
+caller whose tile reaches past the last row repeats that row.
 A code becomes a float by bits, not by conversion: 2^23 + q has q as its low mantissa bits, and one subtraction, exact,
 leaves q or q - 8. `operand` rounds it to the dtype of the product, once: the bits of dequantize(dtype).
 
@@ -13,6 +14,7 @@ Arguments that say what a weight is, in every kernel:
     FORMAT                         "dense", "int8", "int4", "nf4", "fp4"
     SPAN                           weights a scale, 0 for the whole row
     FLAT                           blocks run across rows (bitsandbytes with K % block != 0)
+    EVEN                           K is a multiple of BK: nothing is masked
 """
 
 from __future__ import annotations
@@ -107,75 +109,84 @@ def _decoded(code, FORMAT: tl.constexpr, CENTRE: tl.constexpr):
 
 
 @triton.jit
+def load_k(where, k, K, EVEN: tl.constexpr):
+    """Elements of columns k, zero from K on. EVEN: there are none, and a mask would cost a step of K its budget."""
+    if EVEN:
+        return tl.load(where)
+    else:
+        return tl.load(where, mask=k < K, other=0)
+
+
+@triton.jit
 def _factor_tile(
-    codes, n, k0, N, K, code_stride, FORMAT: tl.constexpr, FLAT: tl.constexpr, CENTRE: tl.constexpr, BK: tl.constexpr
-):
+    codes, n, k0, K, code_stride, FORMAT: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr, CENTRE: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
     row = n.to(tl.int64)[:, None]
     k = k0 + tl.arange(0, BK)[None, :]
-    inside = n[:, None] < N
     if FORMAT == "dense":
-        return tl.load(codes + row * code_stride + k, mask=inside & (k < K), other=0).to(tl.float32)
+        return load_k(codes + row * code_stride + k, k, K, EVEN).to(tl.float32)
     elif FORMAT == "int8":
-        q = tl.load(codes + row * code_stride + k, mask=inside & (k < K), other=0)
+        q = load_k(codes + row * code_stride + k, k, K, EVEN)
         return _unsigned(q.to(tl.uint8, bitcast=True) ^ 0x80, 128.0)
     elif FLAT:
         e = row * K + k
-        byte = tl.load(codes + (e >> 1), mask=inside & (k < K), other=0)
+        byte = load_k(codes + (e >> 1), k, K, EVEN)
         return _decoded((byte >> ((e & 1) * 4).to(tl.uint8)) & 15, FORMAT, CENTRE)
     else:
         j = k0 // 2 + tl.arange(0, BK // 2)[None, :]
-        byte = tl.load(codes + row * code_stride + j, mask=inside & (j < code_stride), other=0)
+        byte = load_k(codes + row * code_stride + j, j, code_stride, EVEN)
         return _decoded(tl.reshape(tl.join(byte & 15, byte >> 4), (n.shape[0], BK)), FORMAT, CENTRE)
 
 
 @triton.jit
-def _scalars(stored, nested, index, mask):
-    """Scales (or offsets) number `index` in fp32; nested ones decoded: a product and a sum, each rounded."""
-    value = tl.load(stored + index, mask=mask, other=0)
+def _scalars(stored, nested, index, k, K, EVEN: tl.constexpr):
+    """Scales (or offsets) number `index`, of column k, in fp32; nested ones decoded: two operations, each rounded."""
+    value = load_k(stored + index, k, K, EVEN)
     if nested is None:
         return value.to(tl.float32)
     else:
         code = tl.load(nested + value.to(tl.int32))
-        absmax = tl.load(nested + 257 + (index >> 8), mask=mask, other=0)
+        absmax = load_k(nested + 257 + (index >> 8), k, K, EVEN)
         return code * absmax + tl.load(nested + 256)
 
 
 @triton.jit
 def _scale_tile(
-    stored, nested, n, k0, N, K, groups, SPAN: tl.constexpr, FLAT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
-):
+    stored, nested, n, k0, K, groups, SPAN: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
     """Scales of the tile, fp32 [BN, BK], or [BN, 1] where the whole tile lies in one group of each row."""
     row = n.to(tl.int64)[:, None]
-    inside = n[:, None] < N
     k = k0 + tl.arange(0, BK)[None, :]
     if FLAT:
-        return _scalars(stored, nested, (row * K + k) // SPAN, inside & (k < K))
+        return _scalars(stored, nested, (row * K + k) // SPAN, k, K, EVEN)
     elif SPAN == 0:
-        return _scalars(stored, nested, row, inside)
+        return _scalars(stored, nested, row, 0, K, True)
     elif SPAN % BK == 0:
-        group = k0 // SPAN + tl.arange(0, 1)[None, :]
-        return _scalars(stored, nested, row * groups + group, inside & (group < groups))
+        return _scalars(stored, nested, row * groups + k0 // SPAN, 0, K, True)
     elif BK % SPAN == 0:
         group = k0 // SPAN + tl.arange(0, BK // SPAN)[None, :]
-        each = _scalars(stored, nested, row * groups + group, inside & (group < groups))
+        each = _scalars(stored, nested, row * groups + group, group, groups, EVEN)
         return tl.reshape(tl.broadcast_to(each[:, :, None], (BN, BK // SPAN, SPAN)), (BN, BK))
     else:
-        return _scalars(stored, nested, row * groups + k // SPAN, inside & (k < K))
+        return _scalars(stored, nested, row * groups + k // SPAN, k, K, EVEN)
 
 
 @triton.jit
 def weight_tile(
-    codes, scale, offset, nested, n, k0, N, K, code_stride, groups,
-    FORMAT: tl.constexpr, SPAN: tl.constexpr, FLAT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    codes, scale, offset, nested, n, k0, K, code_stride, groups, FORMAT: tl.constexpr, SPAN: tl.constexpr,
+    FLAT: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """D(W)[n, k0 : k0 + BK] in fp32. n is int32 [BN]; k0 is a multiple of BK."""
+    """D(W)[n, k0 : k0 + BK] in fp32. n is int32 [BN], rows of the weight; k0 < K is a multiple of BK, and if EVEN so
+    is K."""
     if FORMAT == "dense":
-        return _factor_tile(codes, n, k0, N, K, code_stride, FORMAT, FLAT, 0.0, BK)
+        return _factor_tile(codes, n, k0, K, code_stride, FORMAT, FLAT, EVEN, 0.0, BK)
     elif offset is None:
-        factor = _factor_tile(codes, n, k0, N, K, code_stride, FORMAT, FLAT, 8.0, BK)
-        return factor * _scale_tile(scale, nested, n, k0, N, K, groups, SPAN, FLAT, BN, BK)
+        factor = _factor_tile(codes, n, k0, K, code_stride, FORMAT, FLAT, EVEN, 8.0, BK)
+        return factor * _scale_tile(scale, nested, n, k0, K, groups, SPAN, FLAT, EVEN, BN, BK)
     else:
-        q = _factor_tile(codes, n, k0, N, K, code_stride, FORMAT, FLAT, 0.0, BK)
-        s = _scale_tile(scale, None, n, k0, N, K, groups, SPAN, FLAT, BN, BK)
-        o = _scale_tile(offset, None, n, k0, N, K, groups, SPAN, FLAT, BN, BK)
+        q = _factor_tile(codes, n, k0, K, code_stride, FORMAT, FLAT, EVEN, 0.0, BK)
+        s = _scale_tile(scale, None, n, k0, K, groups, SPAN, FLAT, EVEN, BN, BK)
+        o = _scale_tile(offset, None, n, k0, K, groups, SPAN, FLAT, EVEN, BN, BK)
         return tl.fma(q, tl.broadcast_to(s, (BN, BK)), tl.broadcast_to(o, (BN, BK)))

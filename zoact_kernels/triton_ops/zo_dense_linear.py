@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import host, tiles
-from .dequant import dot32_by, operand, weight_tile
+from .dequant import dot32_by, load_k, operand, weight_tile
 from .words import kept, noise
 from .zo_linear import multiply, store_rows, x_tile
 
@@ -24,8 +24,8 @@ from .zo_linear import multiply, store_rows, x_tile
 def dense_kernel(
     y, x, codes, scale, offset, nested, bias, seeds, sigmas, param_id, noise_scale, mask_value, mask_seed,
     M, N, K, x_stride, code_stride, groups, S, group_rows, row_offset, cols,
-    FORMAT: tl.constexpr, SPAN: tl.constexpr, FLAT: tl.constexpr, NOISE: tl.constexpr, MASK: tl.constexpr,
-    ALIGN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    FORMAT: tl.constexpr, SPAN: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr, NOISE: tl.constexpr,
+    MASK: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = x.dtype.element_ty
     tiles_m = tl.cdiv(M, BM)
@@ -35,9 +35,10 @@ def dense_kernel(
     acc = tl.zeros((BN, BM), tl.float32)
     if FORMAT != "none":
         acc = multiply(x, codes, scale, offset, nested, n, m, 0, K, M, N, K, x_stride, code_stride, groups,
-                       FORMAT, SPAN, FLAT, BN, BM, BK)  # fmt: skip
+                       FORMAT, SPAN, FLAT, EVEN, BN, BM, BK)  # fmt: skip
     if NOISE != "none":
-        group = tl.minimum(m, M - 1) // group_rows
+        n_there, m_there = tl.minimum(n, N - 1), tl.minimum(m, M - 1)
+        group = m_there // group_rows
         row = row_offset + n.to(tl.int64)
         for s in range(S):
             seed = tl.load(seeds + s)
@@ -45,17 +46,16 @@ def dense_kernel(
             for k0 in tl.range(0, K, BK, num_stages=1):  # Z, not a load, is what takes the time and the registers
                 z = noise(NOISE, seed, tl.load(param_id), row * cols + k0, BK, ALIGN)
                 if MASK == "magnitude" and FORMAT != "none":
-                    w = weight_tile(codes, scale, offset, nested, n, k0, N, K, code_stride, groups, FORMAT, SPAN, FLAT,
-                                    BN, BK)  # fmt: skip
+                    w = weight_tile(codes, scale, offset, nested, n_there, k0, K, code_stride, groups, FORMAT, SPAN,
+                                    FLAT, EVEN, BN, BK)  # fmt: skip
                     z = tl.where(tl.abs(w) <= tl.load(mask_value), z, 0.0)
                 elif MASK == "random":
                     part = kept(tl.load(mask_seed), tl.load(param_id), tl.load(mask_value), row * cols + k0, BK, ALIGN)
                     z = tl.where(part, z, 0.0)
-                right = x_tile(x, m, k0, M, K, x_stride, BK)
+                right = x_tile(x, m_there, k0, K, x_stride, EVEN, BK)
                 if noise_scale is not None:
                     k = k0 + tl.arange(0, BK)[None, :]
-                    at = noise_scale + n.to(tl.int64)[:, None] * K + k
-                    z = z * tl.load(at, mask=(n[:, None] < N) & (k < K), other=0)
+                    z = z * load_k(noise_scale + n_there.to(tl.int64)[:, None] * K + k, k, K, EVEN)
                 if NOISE == "rademacher" and noise_scale is None:
                     sums = tl.dot(operand(z, DTYPE), operand(right, DTYPE), sums, input_precision="ieee")
                 else:
@@ -85,7 +85,7 @@ def zo_dense_linear(x, weight, scale, offset, nested, bias, seeds, sigmas, param
         dense_kernel[(triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN),)](
             y, rows, *stored.tensors, bias, seeds, sigmas, param_id, noise_scale, mask_value, mask_seed,
             M, N, K, rows.stride(0), *stored.sizes, S, M // groups, row_offset, cols or K, *stored.constants,
-            noise if S else "none", mask, tiles.pow2_divisor(cols or K, tile.BK), tile.BN, tile.BM, tile.BK,
-            **host.options(tile.warps, tile.stages),
+            K % tile.BK == 0, noise if S else "none", mask, tiles.pow2_divisor(cols or K, tile.BK),
+            tile.BN, tile.BM, tile.BK, **host.options(tile.warps, tile.stages),
         )  # fmt: skip
     return y

@@ -22,29 +22,31 @@ import triton.language as tl
 from torch import Tensor
 
 from . import host, tiles
-from .dequant import dot32, dot32_by, operand, rounded, weight_tile
+from .dequant import dot32, dot32_by, load_k, operand, rounded, weight_tile
 from .words import noise
 
 
 @triton.jit
-def x_tile(x, m, k0, M, K, x_stride, BK: tl.constexpr):
-    """x^T [BK, BM], zero outside."""
+def x_tile(x, m, k0, K, x_stride, EVEN: tl.constexpr, BK: tl.constexpr):
+    """x[m]^T [BK, BM], zero from K on."""
     k = k0 + tl.arange(0, BK)[:, None]
-    return tl.load(x + m.to(tl.int64)[None, :] * x_stride + k, mask=(m[None, :] < M) & (k < K), other=0)
+    return load_k(x + m.to(tl.int64)[None, :] * x_stride + k, k, K, EVEN)
 
 
 @triton.jit
 def multiply(
     x, codes, scale, offset, nested, n, m, first, last, M, N, K, x_stride, code_stride, groups,
-    FORMAT: tl.constexpr, SPAN: tl.constexpr, FLAT: tl.constexpr,
+    FORMAT: tl.constexpr, SPAN: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """D(W)[n] . x[m]^T over first <= k < last: fp32 [BN, BM]. `first` is a multiple of BK, `last` too or K."""
+    """D(W)[n] . x[m]^T over first <= k < last: fp32 [BN, BM]. `first` is a multiple of BK, `last` too or K. Rows past
+    the last repeat it: nobody stores them, and no step of K has to mask them."""
     DTYPE: tl.constexpr = x.dtype.element_ty
+    n, m = tl.minimum(n, N - 1), tl.minimum(m, M - 1)
     acc = tl.zeros((BN, BM), tl.float32)
     for k0 in tl.range(first, last, BK):
-        right = operand(x_tile(x, m, k0, M, K, x_stride, BK), DTYPE)
-        w = weight_tile(codes, scale, offset, nested, n, k0, N, K, code_stride, groups, FORMAT, SPAN, FLAT, BN, BK)
+        right = operand(x_tile(x, m, k0, K, x_stride, EVEN, BK), DTYPE)
+        w = weight_tile(codes, scale, offset, nested, n, k0, K, code_stride, groups, FORMAT, SPAN, FLAT, EVEN, BN, BK)
         acc = tl.dot(operand(w, DTYPE), right, acc, input_precision="ieee")
     return acc
 
@@ -111,8 +113,8 @@ def store_rows(y, acc, bias, n, m, M, N, stride):
 def product_kernel(
     y, x, codes, scale, offset, nested, bias, h0, coeff0, h, coeff, coeff_groups, seeds, sigmas, param_id,
     M, N, K, x_stride, code_stride, groups, split, split_size, parts0, R0, parts, R, S, group_rows, row_offset, cols,
-    FORMAT: tl.constexpr, SPAN: tl.constexpr, FLAT: tl.constexpr, NOISE: tl.constexpr, ALIGN: tl.constexpr,
-    SPLIT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    FORMAT: tl.constexpr, SPAN: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr, NOISE: tl.constexpr,
+    ALIGN: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """SPLIT "one": K whole. "loop": the splits one after the other. "grid": program_id(1) is the split, y the fp32
     partial sums [split, M, N] that `finish_kernel` reads."""
@@ -124,16 +126,17 @@ def product_kernel(
     if FORMAT != "none":
         if SPLIT == "one":
             acc = multiply(x, codes, scale, offset, nested, n, m, 0, K, M, N, K, x_stride, code_stride, groups,
-                           FORMAT, SPAN, FLAT, BN, BM, BK)  # fmt: skip
+                           FORMAT, SPAN, FLAT, EVEN, BN, BM, BK)  # fmt: skip
         elif SPLIT == "loop":
             for i in range(split):
                 first = i * split_size
                 acc += multiply(x, codes, scale, offset, nested, n, m, first, tl.minimum(first + split_size, K),
-                                M, N, K, x_stride, code_stride, groups, FORMAT, SPAN, FLAT, BN, BM, BK)  # fmt: skip
+                                M, N, K, x_stride, code_stride, groups, FORMAT, SPAN, FLAT, EVEN,
+                                BN, BM, BK)  # fmt: skip
         else:
             first = tl.program_id(1) * split_size
             acc = multiply(x, codes, scale, offset, nested, n, m, first, tl.minimum(first + split_size, K),
-                           M, N, K, x_stride, code_stride, groups, FORMAT, SPAN, FLAT, BN, BM, BK)  # fmt: skip
+                           M, N, K, x_stride, code_stride, groups, FORMAT, SPAN, FLAT, EVEN, BN, BM, BK)  # fmt: skip
     if SPLIT == "grid":
         store_rows(y + tl.program_id(1).to(tl.int64) * M * N, acc, None, n, m, M, N, N)
     else:
@@ -166,12 +169,13 @@ def finish_kernel(
 @triton.jit
 def project_kernel(
     h, x, basis, M, K, R, x_stride, group_rows, chunks, chunk_size,
-    PER_GROUP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    PER_GROUP: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """h[program_id(2)] [M, R] = the sum of `chunks` chunks of x A, each summed from zero; A [K, R], or [G, K, R]."""
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
-    group = tl.minimum(m, M - 1) // group_rows
+    m_there, r_there = tl.minimum(m, M - 1), tl.minimum(r, R - 1)
+    group = m_there // group_rows
     total = tl.zeros((BR, BM), tl.float32)
     low, high = (tl.min(group, 0), tl.max(group, 0)) if PER_GROUP else (0, 0)
     for g in range(low, high + 1):
@@ -181,9 +185,9 @@ def project_kernel(
             acc = tl.zeros((BR, BM), tl.float32)
             for k0 in tl.range(first, tl.minimum(first + chunk_size, K), BK):
                 k = k0 + tl.arange(0, BK)[None, :]
-                at = basis + (tl.zeros_like(k).to(tl.int64) + g) * K * R + k * R + r[:, None]
-                left = tl.load(at, mask=(k < K) & (r[:, None] < R), other=0)
-                acc = dot32_by(left, x_tile(x, m, k0, M, K, x_stride, BK), acc, x.dtype.element_ty)
+                at = basis + (tl.zeros_like(k).to(tl.int64) + g) * K * R + k * R + r_there[:, None]
+                left = load_k(at, k, K, EVEN)
+                acc = dot32_by(left, x_tile(x, m_there, k0, K, x_stride, EVEN, BK), acc, x.dtype.element_ty)
             own += acc
         total = tl.where(group[None, :] == g, own, total) if PER_GROUP else own
     where = h + (m.to(tl.int64) + tl.program_id(2) * M)[None, :] * R + r[:, None]
@@ -195,12 +199,12 @@ def project(rows: Tensor, basis: Tensor, groups: int) -> tuple[Tensor, int]:
     (M, K), R = rows.shape, basis.shape[-1]
     chunks = max(1, -(-K // tiles.CHUNK))
     parts = chunks if M <= 64 else 1  # beside one another where rows alone do not fill the device
-    BM, BR = 16 if M <= 16 else 32, tiles.rank_tile(R)
+    BM, BK, BR = 16 if M <= 16 else 32, 32, tiles.rank_tile(R)
     h = torch.empty((parts, M, R), dtype=torch.float32, device=rows.device)
     if R:
         project_kernel[(triton.cdiv(M, BM), triton.cdiv(R, BR), parts)](
             h, rows, basis, M, K, R, rows.stride(0), M // groups, chunks // parts, tiles.CHUNK,
-            basis.dim() == 3, BM, 32, BR,
+            basis.dim() == 3, K % BK == 0, BM, BK, BR,
             **host.options(4, 2),
         )  # fmt: skip
     return h, parts
@@ -270,7 +274,7 @@ def zo_linear(x, weight, scale, offset, nested, bias, base_basis, base_coeff, ba
         sums = torch.empty((split, M, N), dtype=torch.float32, device=x.device) if beside else y
         product_kernel[(grid, split if beside else 1)](
             sums, rows, *stored.tensors, bias, *tensors, M, N, K, rows.stride(0), *stored.sizes, split, size, *sizes,
-            *stored.constants, SPLIT="grid" if beside else "loop" if split > 1 else "one",
+            *stored.constants, EVEN=K % tile.BK == 0, SPLIT="grid" if beside else "loop" if split > 1 else "one",
             BN=tile.BN, BM=tile.BM, BK=tile.BK, **constants, **host.options(tile.warps, tile.stages),
         )  # fmt: skip
         if beside:

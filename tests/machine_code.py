@@ -74,6 +74,26 @@ class Code(NamedTuple):
         return lines[first:last]
 
 
+_OPCODE = re.compile(r"\s*(?:/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)|((?:[vs]|ds|global|buffer)_\w+))")
+
+
+def opcodes(lines: list[str]) -> list[str]:
+    """The instructions of some lines of SASS or of AMD's assembler."""
+    return [found[1] or found[2] for found in map(_OPCODE.match, lines) if found]
+
+
+def per_core(loop: list[str], core: str) -> float:
+    """Other instructions for each tensor-core instruction of a loop."""
+    found = opcodes(loop)
+    cores = sum(name.startswith(core) for name in found)
+    return (len(found) - cores) / max(cores, 1)
+
+
+def wide_loads(loop: list[str]) -> int:
+    """Loads of 16 bytes from global memory in a loop, those into shared memory among them."""
+    return sum(bool(re.match(r"LDG(STS)?\..*\.128|(global|buffer)_load_dwordx4", name)) for name in opcodes(loop))
+
+
 @contextlib.contextmanager
 def recorded(hip: bool = False) -> Iterator[list[Launch]]:
     """Kernels launched inside are written down instead, as they would be for an NVIDIA or an AMD GPU."""
@@ -260,6 +280,17 @@ def instruction(kernel: str, target: str) -> str:
     return "HMMA" if kernel == "project_kernel" and target.startswith("sm") else TENSOR_CORE[target]
 
 
+# What the K loop of an int4 product may cost beside a tensor-core instruction of 64 or more rows of x.
+BUDGET = {"HMMA": 24, "HGMMA": 64, "UTCHMMA": 64}
+# target -> the fault of its int4 products that is known, and why.
+EXCEPTIONS = {
+    "gfx942": (
+        "not all of x and w in 16-byte loads",
+        "4 waves are 256 threads: of the 2048 bytes of codes of a step each takes 8, of 16 or 32 rows of x 8 or 16",
+    )
+}
+
+
 def faults(case: str, launch: Launch, code: Code, target: str) -> list[str]:
     """What of the machine code is not as it has to be."""
     kernel = launch.kernel.__name__
@@ -270,12 +301,21 @@ def faults(case: str, launch: Launch, code: Code, target: str) -> list[str]:
     byte_codes = "int4" in case or "int8" in case
     packed = byte_codes or "nf4" in case or "fp4" in case
     wide = kernel in ("update_kernel", "perturb_kernel") and target != "gfx942"
+    int4 = kernel == "product_kernel" and "int4" in case and multiplies
+    BN, BM, BK = (launch.arguments.get(name, 0) for name in ("BN", "BM", "BK"))
+    loaded = 16 * code.threads * wide_loads(loop)
+    # One thread multiplies for all on sm_100, so there the loop has a branch around it.
+    blocks = 1 + sum(bool(re.match(r"\.L\w+:", line.strip())) for line in loop[1:])
     checks = {
         f"stack of {code.stack} bytes": code.stack > 0,
         f"{code.local} accesses to local memory": code.local > 0,
         f"{code.registers} registers of {limit}": code.registers > limit,
         f"{code.shared} bytes of shared memory": code.shared > SHARED[target] * 1024,
         f"no {core} in a loop": multiplies and not loop,
+        f"{blocks} blocks in the K loop": int4 and core in ("HMMA", "HGMMA") and blocks > 1,
+        f"{per_core(loop, core):.1f} instructions beside each {core}": int4 and BM >= 64 and core in BUDGET
+        and per_core(loop, core) > BUDGET[core],
+        "not all of x and w in 16-byte loads": int4 and loaded < 2 * BM * BK + BN * BK // 2,
         "integers converted to floats in the K loop": kernel == "product_kernel" and byte_codes
         and any(re.search(r"\bI2F|v_cvt_f32_[iu]", line) for line in loop),
         "the weight is no register operand of wgmma": kernel == "product_kernel" and core == "HGMMA" and packed
@@ -285,6 +325,11 @@ def faults(case: str, launch: Launch, code: Code, target: str) -> list[str]:
         "fused multiply and add": launch.options.get("enable_fp_fusion", True),
     }  # fmt: skip
     return [what for what, wrong in checks.items() if wrong]
+
+
+def unexcused(faults: list[str], target: str) -> list[str]:
+    """Those that EXCEPTIONS does not name."""
+    return [fault for fault in faults if fault != EXCEPTIONS.get(target, ("",))[0]]
 
 
 def depths(code: Code) -> set[str]:
@@ -303,8 +348,9 @@ if __name__ == "__main__":  # python tests/machine_code.py [target ...] > benchm
                 loop = code.k_loop(core)
                 row = dict(
                     registers=code.registers, threads=code.threads, stack=code.stack, local=code.local,
-                    shared=code.shared, depth=sorted(depths(code)), lines_of_k_loop=len(loop),
-                    tensor_core_in_k_loop=sum(core in line for line in loop),
+                    shared=code.shared, depth=sorted(depths(code)), instructions_of_k_loop=len(opcodes(loop)),
+                    tensor_core_in_k_loop=sum(name.startswith(core) for name in opcodes(loop)),
+                    others_per_tensor_core=round(per_core(loop, core), 1), wide_loads_in_k_loop=wide_loads(loop),
                     faults=faults(case, launch, code, target),
                 )  # fmt: skip
                 table["cases"].setdefault(f"{case} {launch.kernel.__name__}", {})[target] = row

@@ -93,19 +93,22 @@ def _table(FORMAT: tl.constexpr):
 
 
 @triton.jit
-def _unsigned(code, CENTRE: tl.constexpr):
-    """code - CENTRE in fp32, exact, for codes below 2^8."""
-    return (code.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + CENTRE)
+def _unsigned(word, zero, AT: tl.constexpr, MASK: tl.constexpr, CENTRE: tl.constexpr):
+    """(word >> AT & MASK) - CENTRE in fp32, exact and without a shift: the field, which ends below bit 23, is put into
+    the mantissa of 2^(23 - AT), where it counts as units. `zero` is 0, which the compiler must not know: NVIDIA's
+    logic instruction takes one constant, and a second one would be moved to a register again for every code."""
+    bits = (word & (MASK << AT)) | (zero + ((150 - AT) << 23)).to(tl.uint32)
+    return bits.to(tl.float32, bitcast=True) - ((8388608 >> AT) + CENTRE)
 
 
 @triton.jit
-def _decoded(code, FORMAT: tl.constexpr, CENTRE: tl.constexpr):
-    """What the scale multiplies: q - CENTRE of int4, the value of the codebook."""
+def _decoded(word, zero, AT: tl.constexpr, FORMAT: tl.constexpr, CENTRE: tl.constexpr):
+    """What the scale multiplies, of the code in bits AT to AT + 3: q - CENTRE of int4, the value of the codebook."""
     if FORMAT == "int4":
-        return _unsigned(code, CENTRE)
+        return _unsigned(word, zero, AT, 15, CENTRE)
     else:
-        flat = tl.gather(_table(FORMAT), tl.reshape(code, (code.shape[0] * code.shape[1],)).to(tl.int32), 0)
-        return tl.reshape(flat, code.shape)
+        code = ((word >> AT) & 15).to(tl.int32)
+        return tl.reshape(tl.gather(_table(FORMAT), tl.reshape(code, (code.shape[0] * code.shape[1],)), 0), code.shape)
 
 
 @triton.jit
@@ -124,30 +127,33 @@ def _factor_tile(
 ):  # fmt: skip
     row = n.to(tl.int64)[:, None]
     k = k0 + tl.arange(0, BK)[None, :]
+    zero = tl.cast(code_stride, tl.int32) >> 31
     if FORMAT == "dense":
         return load_k(codes + row * code_stride + k, k, K, EVEN).to(tl.float32)
     elif FORMAT == "int8":
         q = load_k(codes + row * code_stride + k, k, K, EVEN)
-        return _unsigned(q.to(tl.uint8, bitcast=True) ^ 0x80, 128.0)
+        return _unsigned((q.to(tl.uint8, bitcast=True) ^ 0x80).to(tl.uint32), zero, 0, 255, 128.0)
     elif FLAT:
         e = row * K + k
-        byte = load_k(codes + (e >> 1), k, K, EVEN)
-        return _decoded((byte >> ((e & 1) * 4).to(tl.uint8)) & 15, FORMAT, CENTRE)
+        byte = load_k(codes + (e >> 1), k, K, EVEN).to(tl.uint32)
+        return _decoded(byte >> ((e & 1) * 4).to(tl.uint32), zero, 0, FORMAT, CENTRE)
     else:
         j = k0 // 2 + tl.arange(0, BK // 2)[None, :]
-        byte = load_k(codes + row * code_stride + j, j, code_stride, EVEN)
-        return _decoded(tl.reshape(tl.join(byte & 15, byte >> 4), (n.shape[0], BK)), FORMAT, CENTRE)
+        byte = load_k(codes + row * code_stride + j, j, code_stride, EVEN).to(tl.uint32)
+        pair = tl.join(_decoded(byte, zero, 0, FORMAT, CENTRE), _decoded(byte, zero, 4, FORMAT, CENTRE))
+        return tl.reshape(pair, (n.shape[0], BK))
 
 
 @triton.jit
-def _scalars(stored, nested, index, k, K, EVEN: tl.constexpr):
-    """Scales (or offsets) number `index`, of column k, in fp32; nested ones decoded: two operations, each rounded."""
-    value = load_k(stored + index, k, K, EVEN)
+def _scalars(stored, nested, row, step, k, K, EVEN: tl.constexpr):
+    """Scales (or offsets) number row + step, of column k, in fp32; nested ones decoded: two operations, each rounded.
+    `row` is what a loop over K leaves alone, so that a step adds no more than `step`."""
+    value = load_k(stored + row + step, k, K, EVEN)
     if nested is None:
         return value.to(tl.float32)
     else:
         code = tl.load(nested + value.to(tl.int32))
-        absmax = load_k(nested + 257 + (index >> 8), k, K, EVEN)
+        absmax = load_k(nested + 257 + (row + step >> 8), k, K, EVEN)
         return code * absmax + tl.load(nested + 256)
 
 
@@ -160,17 +166,17 @@ def _scale_tile(
     row = n.to(tl.int64)[:, None]
     k = k0 + tl.arange(0, BK)[None, :]
     if FLAT:
-        return _scalars(stored, nested, (row * K + k) // SPAN, k, K, EVEN)
+        return _scalars(stored, nested, 0, (row * K + k) // SPAN, k, K, EVEN)
     elif SPAN == 0:
-        return _scalars(stored, nested, row, 0, K, True)
+        return _scalars(stored, nested, row, 0, 0, K, True)
     elif SPAN % BK == 0:
-        return _scalars(stored, nested, row * groups + k0 // SPAN, 0, K, True)
+        return _scalars(stored, nested, row * groups, k0 // SPAN, 0, K, True)
     elif BK % SPAN == 0:
         group = k0 // SPAN + tl.arange(0, BK // SPAN)[None, :]
-        each = _scalars(stored, nested, row * groups + group, group, groups, EVEN)
+        each = _scalars(stored, nested, row * groups, group, group, groups, EVEN)
         return tl.reshape(tl.broadcast_to(each[:, :, None], (BN, BK // SPAN, SPAN)), (BN, BK))
     else:
-        return _scalars(stored, nested, row * groups + k // SPAN, k, K, EVEN)
+        return _scalars(stored, nested, row * groups, k // SPAN, k, K, EVEN)
 
 
 @triton.jit

@@ -112,7 +112,7 @@ def store_rows(y, acc, bias, n, m, M, N, stride):
 @triton.jit
 def product_kernel(
     y, x, codes, scale, offset, nested, bias, h0, coeff0, h, coeff, coeff_groups, seeds, sigmas, param_id,
-    M, N, K, x_stride, code_stride, groups, split, split_size, parts0, R0, parts, R, S, group_rows, row_offset, cols,
+    M, N, K, x_stride, code_stride, groups, split, split_steps, parts0, R0, parts, R, S, group_rows, row_offset, cols,
     FORMAT: tl.constexpr, SPAN: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr, NOISE: tl.constexpr,
     ALIGN: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -129,13 +129,13 @@ def product_kernel(
                            FORMAT, SPAN, FLAT, EVEN, BN, BM, BK)  # fmt: skip
         elif SPLIT == "loop":
             for i in range(split):
-                first = i * split_size
-                acc += multiply(x, codes, scale, offset, nested, n, m, first, tl.minimum(first + split_size, K),
+                first = i * split_steps * BK
+                acc += multiply(x, codes, scale, offset, nested, n, m, first, tl.minimum(first + split_steps * BK, K),
                                 M, N, K, x_stride, code_stride, groups, FORMAT, SPAN, FLAT, EVEN,
                                 BN, BM, BK)  # fmt: skip
         else:
-            first = tl.program_id(1) * split_size
-            acc = multiply(x, codes, scale, offset, nested, n, m, first, tl.minimum(first + split_size, K),
+            first = tl.program_id(1) * split_steps * BK
+            acc = multiply(x, codes, scale, offset, nested, n, m, first, tl.minimum(first + split_steps * BK, K),
                            M, N, K, x_stride, code_stride, groups, FORMAT, SPAN, FLAT, EVEN, BN, BM, BK)  # fmt: skip
     if SPLIT == "grid":
         store_rows(y + tl.program_id(1).to(tl.int64) * M * N, acc, None, n, m, M, N, N)
@@ -273,8 +273,8 @@ def zo_linear(x, weight, scale, offset, nested, bias, base_basis, base_coeff, ba
         grid = triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN)
         sums = torch.empty((split, M, N), dtype=torch.float32, device=x.device) if beside else y
         product_kernel[(grid, split if beside else 1)](
-            sums, rows, *stored.tensors, bias, *tensors, M, N, K, rows.stride(0), *stored.sizes, split, size, *sizes,
-            *stored.constants, EVEN=K % tile.BK == 0, SPLIT="grid" if beside else "loop" if split > 1 else "one",
+            sums, rows, *stored.tensors, bias, *tensors, M, N, K, rows.stride(0), *stored.sizes,
+            split, size // tile.BK, *sizes, *stored.constants, EVEN=K % tile.BK == 0, SPLIT="grid" if beside else "loop" if split > 1 else "one",
             BN=tile.BN, BM=tile.BM, BK=tile.BK, **constants, **host.options(tile.warps, tile.stages),
         )  # fmt: skip
         if beside:

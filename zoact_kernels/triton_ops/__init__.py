@@ -125,7 +125,7 @@ class Panel:
             return reason
         if p.op != "zo_linear" or p.format == "none":
             return f"{p.op} without a weight has no panel" if p.op == "zo_linear" else f"{p.op} has no panel"
-        if p.device == "cuda" and "dtype" not in torch.ops.aten.mm.overloads():
+        if p.device == "cuda" and "dtype_out" not in torch.ops.aten.mm.overloads():
             return f"torch {torch.__version__} has no product of half precision with fp32 sums (mm with out_dtype)"
         return None
 

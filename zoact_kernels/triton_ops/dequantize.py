@@ -34,11 +34,12 @@ def dequantize_kernel(
 
 
 def dequantize(weight, scale, offset, nested, format, layout, group_size, out_features, in_features, dtype,
-               row_start=0, rows=-1):  # fmt: skip
-    """The op, arguments checked: see ops.dequantize."""
+               row_start=0, rows=-1, out=None):  # fmt: skip
+    """The op, arguments checked: see ops.dequantize. `out` [rows, K] of dtype, contiguous, is filled where given."""
     K = in_features
     count = out_features - row_start if rows < 0 else rows
-    out = torch.empty((count, K), dtype=dtype, device=weight.device)
+    if out is None:
+        out = torch.empty((count, K), dtype=dtype, device=weight.device)
     if out.numel() == 0:
         return out
     stored = host.Stored.of(weight, scale, offset, nested, format, group_size, K)

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..workspace import Scratch
 from . import host, tiles
 from .dequant import dot32, dot32_by, load_k, operand, rounded, weight_tile
 from .words import noise
@@ -194,13 +195,13 @@ def project_kernel(
     tl.store(where, total, mask=(m[None, :] < M) & (r[:, None] < R))
 
 
-def project(rows: Tensor, basis: Tensor, groups: int) -> tuple[Tensor, int]:
+def project(rows: Tensor, basis: Tensor, groups: int, scratch: Scratch) -> tuple[Tensor, int]:
     """h = x A as parts [parts, M, R] that still have to be summed, and their number."""
     (M, K), R = rows.shape, basis.shape[-1]
     chunks = max(1, -(-K // tiles.CHUNK))
     parts = chunks if M <= 64 else 1  # beside one another where rows alone do not fill the device
     BM, BK, BR = 16 if M <= 16 else 32, 32, tiles.rank_tile(R)
-    h = torch.empty((parts, M, R), dtype=torch.float32, device=rows.device)
+    h = scratch.take(parts, M, R)
     if R:
         project_kernel[(triton.cdiv(M, BM), triton.cdiv(R, BR), parts)](
             h, rows, basis, M, K, R, rows.stride(0), M // groups, chunks // parts, tiles.CHUNK,
@@ -214,6 +215,7 @@ def low_rank_arguments(
     rows: Tensor, N: int, base_basis: Tensor | None, base_coeff: Tensor | None, basis: Tensor | None,
     coeff: Tensor | None, coeff_groups: Tensor | None, projected: Tensor | None, seeds: Tensor | None,
     sigmas: Tensor | None, param_id: Tensor | None, noise: str, groups: int, row_offset: int, cols: int,
+    scratch: Scratch,
 ) -> tuple[tuple, tuple, dict]:  # fmt: skip
     """What `low_rank` needs, in the order of the kernels: tensors, sizes, constants. A basis runs `project`."""
     base_coeff, coeff, coeff_groups = host.dense(base_coeff, coeff, coeff_groups)
@@ -221,13 +223,13 @@ def low_rank_arguments(
     M = rows.shape[0]
     h0, parts0, R0 = None, 0, 0
     if base_basis is not None:
-        h0, parts0 = project(rows, base_basis.contiguous(), 1)
+        h0, parts0 = project(rows, base_basis.contiguous(), 1, scratch)
         R0 = base_basis.shape[-1]
     h, parts, R = None, 0, 0
     if projected is not None:
         h, parts, R = projected.reshape(M, -1).contiguous(), 1, projected.shape[-1]
     elif basis is not None:
-        h, parts = project(rows, basis.contiguous(), groups)
+        h, parts = project(rows, basis.contiguous(), groups, scratch)
         R = basis.shape[-1]
     if R == 0 or (coeff is None and coeff_groups is None and seeds is None):
         h = coeff = coeff_groups = seeds = None
@@ -260,10 +262,11 @@ def zo_linear(x, weight, scale, offset, nested, bias, base_basis, base_coeff, ba
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
+    scratch = Scratch(x.device)
     with torch.cuda.device_of(x):
         tensors, sizes, constants = low_rank_arguments(
             rows, N, base_basis, base_coeff, basis, coeff, coeff_groups, projected, seeds, sigmas, param_id, noise,
-            groups, row_offset, cols,
+            groups, row_offset, cols, scratch,
         )  # fmt: skip
         (bias,) = host.dense(bias)
         stored = host.Stored.of(weight, scale, offset, nested, format, group_size, K)
@@ -271,10 +274,11 @@ def zo_linear(x, weight, scale, offset, nested, bias, base_basis, base_coeff, ba
         split, size = tiles.splits(N, K) if weight is not None else (1, tiles.K_STEP)
         beside = split > 1 and M <= tile.BM
         grid = triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN)
-        sums = torch.empty((split, M, N), dtype=torch.float32, device=x.device) if beside else y
+        sums = scratch.take(split, M, N) if beside else y
         product_kernel[(grid, split if beside else 1)](
             sums, rows, *stored.tensors, bias, *tensors, M, N, K, rows.stride(0), *stored.sizes,
-            split, size // tile.BK, *sizes, *stored.constants, EVEN=K % tile.BK == 0, SPLIT="grid" if beside else "loop" if split > 1 else "one",
+            split, size // tile.BK, *sizes,
+            *stored.constants, EVEN=K % tile.BK == 0, SPLIT="grid" if beside else "loop" if split > 1 else "one",
             BN=tile.BN, BM=tile.BM, BK=tile.BK, **constants, **host.options(tile.warps, tile.stages),
         )  # fmt: skip
         if beside:

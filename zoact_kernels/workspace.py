@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Scratch:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.used = device, 0
-        self.blocks: dict[tuple[torch.device, int], Tensor] = _blocks.__dict__
+        self.blocks: dict[Any, Tensor] = _blocks.__dict__
         self.key = device, _stream(device)
 
     def take(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -95,8 +95,8 @@ def wide_loads(loop: list[str]) -> int:
 
 
 @contextlib.contextmanager
-def recorded(hip: bool = False) -> Iterator[list[Launch]]:
-    """Kernels launched inside are written down instead, as they would be for an NVIDIA or an AMD GPU."""
+def recorded(target: str = "sm_80", tf32: bool = False) -> Iterator[list[Launch]]:
+    """Kernels launched inside are written down instead, as they would be on `target`, with torch set to tf32 or not."""
     launches: list[Launch] = []
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
@@ -104,7 +104,11 @@ def recorded(hip: bool = False) -> Iterator[list[Launch]]:
         options = {k: named.pop(k) for k in list(named) if k not in names}
         launches.append(Launch(self, dict(zip(names, args, strict=False)) | named, options))
 
-    with mock.patch.object(JITFunction, "run", run), mock.patch.object(host, "hip", lambda: hip):
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(host, "arch_of", lambda device: target),
+        mock.patch.object(host, "tf32", lambda x: tf32 and x.dtype == torch.float32),
+    ):
         yield launches
 
 
@@ -170,7 +174,8 @@ def _build(source: ASTSource, options: dict[str, Any], name: str) -> Code:
 # ---------------------------------------------------------------------------------------------------------------------
 # What ships: every kernel in every configuration that the rules of tiles.py pick, on sizes of real layers.
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+DTYPES = {"f32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+STORED = ("f32", "bf16", "f16")
 # name -> format, group_size, dtype of the scales (of the weight, for dense), offset, nested, flat
 WEIGHTS: dict[str, tuple[str, int, torch.dtype, bool, bool, bool]] = {
     "int4": ("int4", 64, torch.float16, True, False, False),
@@ -250,13 +255,14 @@ CASES: dict[str, Callable[[], None]] = {
     **{f"linear-{w}-bf16-M16": partial(linear, w, "bf16", 16, 8192) for w in WEIGHTS},
     **{f"linear-{w}-bf16-M64": partial(linear, w, "bf16", 64, 8192) for w in WEIGHTS},
     **{f"linear-int4-{d}-M{M}-split": partial(linear, "int4", d, M, 2048) for d in DTYPES for M in (16, 32, 64)},
-    **{f"linear-nf4-{d}-M{M}": partial(linear, "nf4", d, M, 8192, "rademacher", 64) for d in DTYPES for M in (16, 32)},
+    **{f"linear-nf4-{d}-M{M}": partial(linear, "nf4", d, M, 8192, "rademacher", 64) for d in STORED for M in (16, 32)},
     **{f"dense-{w}-bf16-M16": partial(dense, w, "bf16", 16) for w in ("int4", "nf4", "dense-bf16")},
     **{f"dense-int4-{d}-M{M}": partial(dense, "int4", d, M) for d in DTYPES for M in (32, 64)},
+    "dense-int4-tf32-M64-rademacher": partial(dense, "int4", "tf32", 64, "rademacher"),
     "dense-int4-f16-M16-rademacher-random": partial(dense, "int4", "f16", 16, "rademacher", "random"),
     "dense-int4-bf16-M16-magnitude": partial(dense, "int4", "bf16", 16, "normal", "magnitude"),
     **{f"update-{r}-{n}": partial(update, r, n) for r in ("sgd", "momentum", "adamw") for n in KINDS},
-    **{f"perturb-{d}-normal": partial(perturb, d, "normal") for d in DTYPES},
+    **{f"perturb-{d}-normal": partial(perturb, d, "normal") for d in STORED},
     "perturb-bf16-rademacher-random-rounding": partial(perturb, "bf16", "rademacher", "random", 0, True),
     "perturb-f16-rounding": partial(perturb, "f16", "normal", "none", 0, True),
     "perturb-bf16-basis": partial(perturb, "bf16", "normal", "none", 16, True),
@@ -270,7 +276,7 @@ QUICK = (
 
 
 def launches(case: str, target: str) -> list[Launch]:
-    with recorded(TARGETS[target].backend == "hip") as found:
+    with recorded(target, "-tf32-" in case) as found:
         CASES[case]()
     return found
 
@@ -297,11 +303,12 @@ def faults(case: str, launch: Launch, code: Code, target: str) -> list[str]:
     core = instruction(kernel, target)
     loop = code.k_loop(core)
     limit = 512 if target == "gfx942" else 168 if code.threads > 128 else 255
-    multiplies = kernel in ("product_kernel", "dense_kernel", "project_kernel") and "-f32-M" not in case
+    multiplies = kernel in ("product_kernel", "dense_kernel", "project_kernel") and "f32-M" not in case
+    multiplies |= kernel in ("product_kernel", "dense_kernel") and "-tf32-M" in case
     byte_codes = "int4" in case or "int8" in case
     packed = byte_codes or "nf4" in case or "fp4" in case
     wide = kernel in ("update_kernel", "perturb_kernel") and target != "gfx942"
-    int4 = kernel == "product_kernel" and "int4" in case and multiplies
+    int4 = kernel == "product_kernel" and "int4" in case and "f32-M" not in case
     BN, BM, BK = (launch.arguments.get(name, 0) for name in ("BN", "BM", "BK"))
     loaded = 16 * code.threads * wide_loads(loop)
     # One thread multiplies for all on sm_100, so there the loop has a branch around it.
@@ -318,6 +325,7 @@ def faults(case: str, launch: Launch, code: Code, target: str) -> list[str]:
         "not all of x and w in 16-byte loads": int4 and loaded < 2 * BM * BK + BN * BK // 2,
         "integers converted to floats in the K loop": kernel == "product_kernel" and byte_codes
         and any(re.search(r"\bI2F|v_cvt_f32_[iu]", line) for line in loop),
+        f"{core} of an fp32 x": not multiplies and "f32-M" in case and target != "gfx942" and core in code.text,
         "the weight is no register operand of wgmma": kernel == "product_kernel" and core == "HGMMA" and packed
         and multiplies and not any(re.search(r"HGMMA\S* R\d+, R\d+, gdesc", line) for line in loop),
         "no 16-byte store": wide and not re.search(r"STG\S*\.128", code.text),

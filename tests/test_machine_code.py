@@ -79,12 +79,27 @@ def test_the_k_loop_keeps_its_budget(target: str) -> None:
 def test_tensor_cores_multiply_at_one_depth(target: str) -> None:
     """A tile for few rows and one for many step through k alike, or the bits of a row would depend on M (law 2.4).
 
-    Half precision: 16. fp32 is multiplied without tensor cores, on CDNA 3 by fp32 matrix instructions of depth 4. Of
-    sm_100 the name of the instruction does not tell.
+    Half precision: 16, tf32: 8. fp32 is multiplied without tensor cores, on CDNA 3 by fp32 matrix instructions of depth
+    4. Of sm_100 the name of the instruction does not tell.
     """
     depths = {row: found["depth"] for (row, t), found in ROWS.items() if t == target and row.endswith("product_kernel")}
-    assert all(depth in ([], ["4" if "-f32-M" in row else "16"]) for row, depth in depths.items())
+    assert all(
+        depth in ([], ["8" if "-tf32-M" in row else "4" if "-f32-M" in row else "16"]) for row, depth in depths.items()
+    )
     assert any(depths.values()) or target == "sm_100"
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_tf32_only_where_asked(target: str) -> None:
+    """Of an fp32 x: tensor cores in the K loop where torch is set to tf32, none anywhere else or without that."""
+    core = code.TENSOR_CORE[target]
+    for launch in code.launches("linear-int4-tf32-M64-split", target):
+        built = code.build(launch, target)
+        loop = "\n".join(built.k_loop(core))
+        assert built.text.count(core) == loop.count(core) == loop.count("TF32")
+        assert ("TF32" in loop) == (launch.kernel.__name__ == "product_kernel")
+    for launch in code.launches("linear-int4-f32-M64-split", target):
+        assert core not in code.build(launch, target).text
 
 
 def test_a_slow_k_loop_is_seen() -> None:

@@ -10,13 +10,16 @@ import os
 import re
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from zoact_kernels.dispatch import Problem, explain
-from zoact_kernels.triton_ops import tiles
+from zoact_kernels.triton_ops import host, tiles
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
@@ -65,6 +68,42 @@ def test_takes_a_device_that_is_elsewhere(arch: str, chosen: str) -> None:
     told = explain(problem)
     assert told.chosen == chosen
     assert "below sm_80" in told.refusals.get("triton", "below sm_80")
+
+
+@pytest.fixture
+def precision() -> Iterator[None]:
+    yield
+    torch.backends.cuda.matmul.fp32_precision = "none"  # else the older switches raise from now on
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize(
+    ("ask", "tf32"),
+    [
+        (lambda: None, False),
+        (lambda: torch.set_float32_matmul_precision("high"), True),
+        (lambda: torch.set_float32_matmul_precision("highest"), False),
+        (lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True), True),
+        (lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"), True),
+        (lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee"), False),
+    ],
+)
+def test_tf32_as_torch_is_set(ask: Callable[[], None], tf32: bool) -> None:
+    """Only of an fp32 x on "cuda", without a warning, whichever of torch's switches was used."""
+    ask()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for device, dtype, expected in (("cuda", torch.float32, tf32), ("cuda", torch.bfloat16, False),
+                                        ("cpu", torch.float32, False)):  # fmt: skip
+            x = SimpleNamespace(dtype=dtype, device=torch.device(device))
+            assert host.tf32(x) is expected  # type: ignore[arg-type]
+
+
+def test_tf32_is_told() -> None:
+    problem = Problem("zo_linear", "cuda", torch.float32, 8, 8, 8, arch="sm_90")
+    assert explain(problem).products == "float32"
+    assert explain(problem._replace(tf32=True)).products == "float32 as tf32"
 
 
 @pytest.mark.parametrize("N", [1, 64, 1000, 4096, 11008, 128256])

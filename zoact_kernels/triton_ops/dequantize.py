@@ -46,6 +46,6 @@ def dequantize(weight, scale, offset, nested, format, layout, group_size, out_fe
     with torch.cuda.device_of(weight):
         dequantize_kernel[(triton.cdiv(count, BN) * triton.cdiv(K, BK),)](
             out, *stored.tensors, row_start, row_start + count, K, *stored.sizes, *stored.constants,
-            K % BK == 0, BN, BK, **host.options(4),
+            K % BK == 0, BN, BK, **host.options(weight.device, 4),
         )  # fmt: skip
     return out

@@ -24,8 +24,8 @@ from .zo_linear import multiply, store_rows, x_tile
 def dense_kernel(
     y, x, codes, scale, offset, nested, bias, seeds, sigmas, param_id, noise_scale, mask_value, mask_seed,
     M, N, K, x_stride, code_stride, groups, S, group_rows, row_offset, cols,
-    FORMAT: tl.constexpr, SPAN: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr, NOISE: tl.constexpr,
-    MASK: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    FORMAT: tl.constexpr, SPAN: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr, FP32: tl.constexpr,
+    NOISE: tl.constexpr, MASK: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = x.dtype.element_ty
     tiles_m = tl.cdiv(M, BM)
@@ -35,7 +35,7 @@ def dense_kernel(
     acc = tl.zeros((BN, BM), tl.float32)
     if FORMAT != "none":
         acc = multiply(x, codes, scale, offset, nested, n, m, 0, K, M, N, K, x_stride, code_stride, groups,
-                       FORMAT, SPAN, FLAT, EVEN, BN, BM, BK)  # fmt: skip
+                       FORMAT, SPAN, FLAT, EVEN, FP32, BN, BM, BK)  # fmt: skip
     if NOISE != "none":
         n_there, m_there = tl.minimum(n, N - 1), tl.minimum(m, M - 1)
         group = m_there // group_rows
@@ -79,13 +79,15 @@ def zo_dense_linear(x, weight, scale, offset, nested, bias, seeds, sigmas, param
     if not S:
         seeds = sigmas = param_id = noise_scale = mask_value = mask_seed = None
         mask = "none"
-    tile = tiles.dense_tile(x.dtype, M, host.hip())
     stored = host.Stored.of(weight, scale, offset, nested, format, group_size, K)
+    shape = host.shape(x, M, N, K, stored)
+    tile = tiles.dense_tile(shape)
     with torch.cuda.device_of(x):
         dense_kernel[(triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN),)](
             y, rows, *stored.tensors, bias, seeds, sigmas, param_id, noise_scale, mask_value, mask_seed,
             M, N, K, rows.stride(0), *stored.sizes, S, M // groups, row_offset, cols or K, *stored.constants,
-            K % tile.BK == 0, noise if S else "none", mask, tiles.pow2_divisor(cols or K, tile.BK),
-            tile.BN, tile.BM, tile.BK, **host.options(tile.warps, tile.stages),
+            K % tile.BK == 0, "tf32" if shape.product == "tf32" else "ieee", noise if S else "none", mask,
+            tiles.pow2_divisor(cols or K, tile.BK), tile.BN, tile.BM, tile.BK,
+            **host.options(x.device, tile.warps, tile.stages),
         )  # fmt: skip
     return y

@@ -37,18 +37,18 @@ def x_tile(x, m, k0, K, x_stride, EVEN: tl.constexpr, BK: tl.constexpr):
 @triton.jit
 def multiply(
     x, codes, scale, offset, nested, n, m, first, last, M, N, K, x_stride, code_stride, groups,
-    FORMAT: tl.constexpr, SPAN: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr,
+    FORMAT: tl.constexpr, SPAN: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr, FP32: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """D(W)[n] . x[m]^T over first <= k < last: fp32 [BN, BM]. `first` is a multiple of BK, `last` too or K. Rows past
-    the last repeat it: nobody stores them, and no step of K has to mask them."""
+    the last repeat it: nobody stores them, and no step of K has to mask them. FP32: "ieee", or "tf32" of an fp32 x."""
     DTYPE: tl.constexpr = x.dtype.element_ty
     n, m = tl.minimum(n, N - 1), tl.minimum(m, M - 1)
     acc = tl.zeros((BN, BM), tl.float32)
     for k0 in tl.range(first, last, BK):
         right = operand(x_tile(x, m, k0, K, x_stride, EVEN, BK), DTYPE)
         w = weight_tile(codes, scale, offset, nested, n, k0, K, code_stride, groups, FORMAT, SPAN, FLAT, EVEN, BN, BK)
-        acc = tl.dot(operand(w, DTYPE), right, acc, input_precision="ieee")
+        acc = tl.dot(operand(w, DTYPE), right, acc, input_precision=FP32)
     return acc
 
 
@@ -114,8 +114,9 @@ def store_rows(y, acc, bias, n, m, M, N, stride):
 def product_kernel(
     y, x, codes, scale, offset, nested, bias, h0, coeff0, h, coeff, coeff_groups, seeds, sigmas, param_id,
     M, N, K, x_stride, code_stride, groups, split, split_steps, parts0, R0, parts, R, S, group_rows, row_offset, cols,
-    FORMAT: tl.constexpr, SPAN: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr, NOISE: tl.constexpr,
-    ALIGN: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    FORMAT: tl.constexpr, SPAN: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr, FP32: tl.constexpr,
+    NOISE: tl.constexpr, ALIGN: tl.constexpr, SPLIT: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """SPLIT "one": K whole. "loop": the splits one after the other. "grid": program_id(1) is the split, y the fp32
     partial sums [split, M, N] that `finish_kernel` reads."""
@@ -127,17 +128,18 @@ def product_kernel(
     if FORMAT != "none":
         if SPLIT == "one":
             acc = multiply(x, codes, scale, offset, nested, n, m, 0, K, M, N, K, x_stride, code_stride, groups,
-                           FORMAT, SPAN, FLAT, EVEN, BN, BM, BK)  # fmt: skip
+                           FORMAT, SPAN, FLAT, EVEN, FP32, BN, BM, BK)  # fmt: skip
         elif SPLIT == "loop":
             for i in range(split):
                 first = i * split_steps * BK
                 acc += multiply(x, codes, scale, offset, nested, n, m, first, tl.minimum(first + split_steps * BK, K),
                                 M, N, K, x_stride, code_stride, groups, FORMAT, SPAN, FLAT, EVEN,
-                                BN, BM, BK)  # fmt: skip
+                                FP32, BN, BM, BK)  # fmt: skip
         else:
             first = tl.program_id(1) * split_steps * BK
             acc = multiply(x, codes, scale, offset, nested, n, m, first, tl.minimum(first + split_steps * BK, K),
-                           M, N, K, x_stride, code_stride, groups, FORMAT, SPAN, FLAT, EVEN, BN, BM, BK)  # fmt: skip
+                           M, N, K, x_stride, code_stride, groups, FORMAT, SPAN, FLAT, EVEN, FP32,
+                           BN, BM, BK)  # fmt: skip
     if SPLIT == "grid":
         store_rows(y + tl.program_id(1).to(tl.int64) * M * N, acc, None, n, m, M, N, N)
     else:
@@ -206,7 +208,7 @@ def project(rows: Tensor, basis: Tensor, groups: int, scratch: Scratch) -> tuple
         project_kernel[(triton.cdiv(M, BM), triton.cdiv(R, BR), parts)](
             h, rows, basis, M, K, R, rows.stride(0), M // groups, chunks // parts, tiles.CHUNK,
             basis.dim() == 3, K % BK == 0, BM, BK, BR,
-            **host.options(4, 2),
+            **host.options(rows.device, 4, 2),
         )  # fmt: skip
     return h, parts
 
@@ -248,7 +250,7 @@ def finish(y: Tensor, sums: Tensor, bias: Tensor | None, tensors: tuple, sizes: 
     BM = 16 if M <= 16 else 32
     finish_kernel[(triton.cdiv(M, BM) * triton.cdiv(width, 64),)](
         y, sums, bias, *tensors, M, y.shape[-1], first, width, split, *sizes, BN=64, BM=BM, **constants,
-        **host.options(4),
+        **host.options(y.device, 4),
     )  # fmt: skip
 
 
@@ -270,7 +272,8 @@ def zo_linear(x, weight, scale, offset, nested, bias, base_basis, base_coeff, ba
         )  # fmt: skip
         (bias,) = host.dense(bias)
         stored = host.Stored.of(weight, scale, offset, nested, format, group_size, K)
-        tile = tiles.linear_tile(x.dtype, M, stored.flat, host.hip())
+        shape = host.shape(x, M, N, K, stored)
+        tile = tiles.linear_tile(shape)
         split, size = tiles.splits(N, K) if weight is not None else (1, tiles.K_STEP)
         beside = split > 1 and M <= tile.BM
         grid = triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN)
@@ -278,8 +281,9 @@ def zo_linear(x, weight, scale, offset, nested, bias, base_basis, base_coeff, ba
         product_kernel[(grid, split if beside else 1)](
             sums, rows, *stored.tensors, bias, *tensors, M, N, K, rows.stride(0), *stored.sizes,
             split, size // tile.BK, *sizes,
-            *stored.constants, EVEN=K % tile.BK == 0, SPLIT="grid" if beside else "loop" if split > 1 else "one",
-            BN=tile.BN, BM=tile.BM, BK=tile.BK, **constants, **host.options(tile.warps, tile.stages),
+            *stored.constants, EVEN=K % tile.BK == 0, FP32="tf32" if shape.product == "tf32" else "ieee",
+            SPLIT="grid" if beside else "loop" if split > 1 else "one", BN=tile.BN, BM=tile.BM, BK=tile.BK,
+            **constants, **host.options(x.device, tile.warps, tile.stages),
         )  # fmt: skip
         if beside:
             finish(y, sums, bias, tensors, sizes, constants, 0)

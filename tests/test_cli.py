@@ -166,6 +166,23 @@ def test_explain(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> N
         assert words in told
 
 
+def test_explain_a_gpu_that_is_elsewhere(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert zoact("explain", "--device", "cuda", "--arch", "90") == 0
+    printed = capsys.readouterr().out
+    assert "on sm_90" in printed and "triton" in printed and "Modelled, not measured" in printed
+    assert "cpu declines: tensors are on cuda (7 of 7 rows)" in printed
+    arguments = ("explain", "--model", files["model"], "--group-size", "32", "--device", "cuda", "--arch")
+    assert zoact(*arguments, "gfx942", "--rows", "4") == 0
+    printed = capsys.readouterr().out
+    assert "on gfx942" in printed and "triton" in printed
+    assert zoact(*arguments, "sm_75") == 0
+    assert "triton declines: sm_75 is below sm_80" in capsys.readouterr().out
+    assert zoact("explain", "--device", "cuda", "--arch", "H100") == 2
+    assert "`--arch` is 'H100'" in capsys.readouterr().err
+    assert zoact("explain", "--arch", "90") == 2
+    assert "goes with --device cuda" in capsys.readouterr().err
+
+
 def test_module_explains_the_environment() -> None:
     told = subprocess.run([sys.executable, "-m", "zoact_kernels"], capture_output=True, text=True, check=True).stdout
     assert "implementation reference" in told and "torch" in told

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_swap import llama, with_bases
+from fake_device import ThroughAten, on_fake_device
+from test_swap import Mlp, llama, with_bases
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zoact_kernels.swap import ZOConfig, perturbed, swap
 
@@ -63,6 +65,34 @@ def test_equal_blocks_compile_once():
         block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
     assert torch.equal(model(ids, use_cache=False).logits, want)
     assert backend.count == 1
+
+
+@torch.no_grad()
+def test_a_whole_model_on_a_fake_device():
+    """Traced as on a GPU: no read of a value, no tensor of another device, one graph clean and one perturbed."""
+    model = Mlp()
+    swap(model, ZOConfig(rank=2, group_size=8, layout="row"))
+    with_bases(model)
+    mode = FakeTensorMode()
+    there = (model, torch.randn(4, 24), torch.tensor([3]), torch.tensor([[0.1], [-0.1]]))
+    fake, x, seeds, sigmas = on_fake_device(mode, there)
+    count = 0
+
+    def backend(graph, inputs):
+        nonlocal count
+        count += 1
+        assert all(i.device.type == "cuda" for i in inputs if isinstance(i, torch.Tensor))
+        return graph
+
+    fast = torch.compile(fake, fullgraph=True, backend=backend)
+    with mode:
+        assert fast(x).device.type == "cuda"
+        with ThroughAten():
+            perturbation = perturbed(fake, seeds, sigmas)
+            perturbation.__enter__()
+        assert fast(x).shape[0] == 4
+        perturbation.__exit__(None, None, None)
+    assert count == 2
 
 
 INDUCTOR = """

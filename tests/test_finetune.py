@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
+from tiny_model import LABELS, PROMPT, make_model_dir, write_examples
 
 from zoact_kernels.data import DataError
-from zoact_kernels.finetune import Job, demo_recipe, grouped_indices, paired
+from zoact_kernels.finetune import Job, demo_recipe, finetune, grouped_indices, paired
+from zoact_kernels.replay import replay
+from zoact_kernels.runlog import RunLog
+from zoact_kernels.trainer import Recipe
 
 LENGTHS = np.array([(i * 37) % 41 + 3 for i in range(203)])
 
@@ -49,6 +57,7 @@ def test_paired() -> None:
         ({}, "either `train`"),
         ({"train": "a.csv", "demo": "trec"}, "either `train`"),
         ({"train": "a.csv", "dtype": "int4"}, "`dtype` is 'int4'"),
+        ({"train": "a.csv", "device": "gpu"}, "`device` is 'gpu'; it may be 'cpu', 'cuda'"),
         ({"train": "a.csv", "eval_batch": 0}, "`eval_batch` is 0"),
     ],
 )
@@ -65,3 +74,37 @@ def test_job_of_an_unknown_demo() -> None:
 def test_demo_recipe_is_rank_one_adam_two_sided() -> None:
     recipe = demo_recipe()
     assert (recipe.optimizer, recipe.sides, recipe.mode) == ("adam", "two-sided", "stacked")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here torch sees one")
+def test_job_refuses_a_device_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="sees no CUDA device"):
+        Job(model="m", train="a.csv", device="cuda:1")
+
+
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])])
+def test_a_run_on_a_device(tmp_path: Path, device: str) -> None:
+    """Train, resume and replay: the base stays, the log rebuilds C, a resumed run is the run."""
+    pytest.importorskip("transformers")
+    job = Job(
+        model=str(make_model_dir(tmp_path / "model")), train=str(write_examples(tmp_path / "train.csv", 40)),
+        eval=str(write_examples(tmp_path / "eval.csv", 6, 100)), prompt=PROMPT, labels=LABELS, group_size=16,
+        device=device, dtype="float32" if device == "cpu" else "bfloat16",
+    )  # fmt: skip
+    recipe = Recipe(steps=6, batch_size=4, queries=2, lr=0.01, snapshot_every=2, floor_every=4)
+    whole, loaded = finetune(job, recipe, tmp_path / "whole")
+    assert {p.device.type for p in loaded.model.parameters()} == {device}
+    assert whole.base_unchanged and whole.after is not None and np.isfinite(whole.after.losses).all()
+    finetune(job, replace(recipe, steps=3), tmp_path / "cut")
+    cut, _ = finetune(job, recipe, tmp_path / "cut", resume=True)
+    ends = []
+    for directory in (whole.directory, cut.directory):
+        with RunLog.open(directory) as log:
+            told = replay(log)
+            assert told.steps == 6 and told.identical
+            ends.append([(row.losses.tolist(), row.weights.tolist()) for row in log.steps()])
+    assert ends[0] == ends[1]
+    assert any(layer.any() for layer in cut.result.optimizer.rule.coeffs.values())

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
+from fake_device import on_fake_device
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from zoact_kernels import ops, reference
 from zoact_kernels.dispatch import IMPLEMENTATIONS, ROOF, Problem, choose, explain, using
@@ -152,6 +157,11 @@ def test_dispatch_is_pure_explained_and_forced():
         assert explain(problem).chosen == "reference"
         assert ops.implementation(problem).name == "reference"
     assert explain(problem).chosen == told.chosen
+    with using("reference", op="dequantize"):
+        assert explain(problem).chosen == told.chosen
+        assert explain(problem._replace(op="dequantize")).chosen == "reference"
+    with pytest.raises(ValueError, match="`op` is 'linear'"), using("cpu", op="linear"):
+        pass
     with pytest.raises(ValueError, match="implementations are triton, panel, cpu, reference"), using("gpu"):
         pass
     with pytest.raises(ValueError, match="`isa` is 'neon'"), using("cpu", isa="neon"):
@@ -224,19 +234,43 @@ def test_autograd_zo_dense_linear_to_x_and_sigmas():
         assert (a.double() - b).abs().max() <= 2e-5 * b.abs().max()
 
 
-def test_fake_tensors_on_a_device_that_is_not_there():
-    from torch._subclasses.fake_tensor import FakeTensorMode
+def every_op():
+    """(op, arguments by name) of each op, every optional tensor present in some call."""
+    linear, dense = (
+        linear_args(),
+        dense_args(mask="random", mask_value=torch.tensor([0.5]), mask_seed=torch.tensor([5])),
+    )
+    yield Z.zo_linear.default, {**linear, "base_basis": torch.randn(96, 2), "base_coeff": torch.randn(33, 2)}
+    yield Z.zo_linear.default, linear_args(coeff_groups=torch.randn(2, 33, 3), basis=torch.randn(2, 96, 3))
+    yield Z.zo_dense_linear.default, {**dense, "noise_scale": torch.rand(20, 64)}
+    step = dict(seeds=torch.tensor([4, -5]), weights=torch.randn(2))
+    coeffs = [torch.randn(7, 3), torch.randn(1, 5)]
+    moments = dict(exp_avgs=[c.clone() for c in coeffs], exp_avg_sqs=[c.clone() for c in coeffs])
+    numbers = dict(hyper=torch.zeros(7), skip=torch.zeros(1, dtype=torch.bool), rule="adam")
+    yield Z.zo_update_.default, {"coeffs": coeffs, **moments, "param_ids": torch.tensor([1, 2]), **step, **numbers}
+    param_id = torch.tensor([3])
+    yield (
+        Z.zo_perturb_.default,
+        {"w": torch.randn(9, 5), **step, "param_id": param_id, "rounding_seed": param_id, "basis": torch.randn(5, 2)},
+    )
+    stored = {name: linear[name] for name in "weight scale offset nested format layout group_size out_features".split()}
+    yield Z.dequantize.default, {**stored, "in_features": 96, "dtype": torch.bfloat16, "row_start": 3, "rows": 7}
 
-    real = linear_args()
-    with FakeTensorMode():
-        args = {
-            k: torch.empty(v.shape, dtype=v.dtype, device="cuda") if isinstance(v, torch.Tensor) else v
-            for k, v in real.items()
-        }
-        args["x"] = args["x"].view(2, 3, 96)
-        y = Z.zo_linear.default(**args)
-        assert y.shape == (2, 3, 33) and y.device.type == "cuda" and y.dtype == torch.float32
-        w = Z.dequantize.default(
-            args["weight"], args["scale"], args["offset"], None, "int4", "row", 32, 33, 96, torch.bfloat16, 3, 7
-        )
-        assert w.shape == (7, 96) and w.dtype == torch.bfloat16
+
+@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("device", ["cuda", "meta"])
+def test_ops_on_a_device_that_is_not_there(device, index):
+    """Shapes, dtypes and devices of fake tensors are those of the real call; in-place ops keep their tensors."""
+    op, args = list(every_op())[index]
+    mode = FakeTensorMode()
+    there = on_fake_device(mode, args)
+    if device == "meta":
+        there = tree_map_only(torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), args)
+    with mode if device == "cuda" else contextlib.nullcontext():
+        made = op(**there)
+    want = op(**args)
+    if want is None:
+        assert made is None
+    else:
+        assert (made.shape, made.dtype, made.device.type) == (want.shape, want.dtype, device)
+        assert made.stride() == want.stride()

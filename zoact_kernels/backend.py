@@ -13,7 +13,7 @@ from torch import nn
 
 from . import __version__, native
 from .cpu_ops import Cpu
-from .dispatch import IMPLEMENTATIONS, Explanation, Problem, explain, using
+from .dispatch import IMPLEMENTATIONS, Explanation, Problem, arch_of, explain, using
 from .layers import ZOLinear, zo_layers
 from .memory import openmp_runtimes
 from .ops import linear_problem
@@ -30,7 +30,7 @@ def environment() -> dict[str, str]:
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         **{name: _version(name) for name in LIBRARIES},
-        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "processor": _processor(torch.device("cpu")),
         "compiled module": native.why_missing() if compiled is None else str(compiled.__file__),
     }
     if compiled is not None:
@@ -71,13 +71,38 @@ def layer_problem(layer: ZOLinear, rows: int, groups: int, seeds: int, dtype: to
     )  # fmt: skip
 
 
-def explain_layers(model: nn.Module, rows: int = 64, groups: int = 2, seeds: int = 1) -> dict[str, Explanation]:
-    """Why each layer of a swapped model runs where it does, by name. `rows` is rounded down to whole groups."""
-    dtype = getattr(model, "dtype", torch.float32)
-    return {
-        name: explain(layer_problem(layer, max(1, rows // groups) * groups, groups, seeds, dtype))
+def explain_layers(
+    model: nn.Module, rows: int = 64, groups: int = 2, seeds: int = 1, arch: str = "", dtype: torch.dtype | None = None
+) -> dict[str, Explanation]:
+    """Why each layer of a swapped model runs where it does, by name. `rows` is rounded down to whole groups.
+
+    arch: tell instead what a GPU of that architecture ("sm_90", "gfx942") would run; it need not be here.
+    dtype: of the activations; None for the model's own.
+    """
+    own: torch.dtype = getattr(model, "dtype", torch.float32)
+    problems = {
+        name: layer_problem(layer, max(1, rows // groups) * groups, groups, seeds, dtype or own)
         for name, layer in zo_layers(model).items()
     }
+    return {name: explain(_elsewhere(problem, arch) if arch else problem) for name, problem in problems.items()}
+
+
+def explain_shapes(arch: str, dtype: torch.dtype = torch.bfloat16) -> dict[Problem, Explanation]:
+    """What a GPU would run, for a layer of 4096 x 4096 int4 weights, rank 16, two row groups, few rows and many."""
+    problems = [
+        _elsewhere(
+            Problem("zo_linear", "cuda", dtype, M, 4096, 4096, "int4", "row", 64, torch.uint8, torch.float16, 16, 0,
+                    2, 1, "normal"),
+            arch,
+        )
+        for M in (2, 16, 32, 64, 128, 512, 4096)
+    ]  # fmt: skip
+    return {problem: explain(problem) for problem in problems}
+
+
+def _elsewhere(problem: Problem, arch: str) -> Problem:
+    """The same problem on a GPU, its weight in the layout that a move there gives it."""
+    return problem._replace(device="cuda", arch=arch, layout="row")
 
 
 def pin(
@@ -96,6 +121,7 @@ def pin(
     chosen = {t.chosen for t in told.values()}
     able.sort(key=lambda i: (chosen != {i.name}, not i.batch_invariant))
     name, isa = able[0].name, None
+    device = next(iter(zo_layers(model).values())).weight.device
     if before is not None and before["implementation"] in {i.name for i in able}:
         name = before["implementation"]
     if name == "cpu":
@@ -109,5 +135,11 @@ def pin(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "zoact_kernels": __version__,
-        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "processor": _processor(device),
     }
+
+
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} {arch_of(device)}"
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import subprocess
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -55,6 +56,7 @@ class Display(Watch):
         self.accuracy = ""
         self.steps = 0
         self.start = memory.resident()
+        self.device = "cpu"
 
     def __enter__(self) -> Display:
         self.progress.start()
@@ -63,8 +65,8 @@ class Display(Watch):
     def __exit__(self, *exc: object) -> None:
         self.progress.stop()
 
-    def started(self, done: int, steps: int) -> None:
-        self.start, self.steps = memory.resident(), steps
+    def started(self, done: int, steps: int, device: str) -> None:
+        self.start, self.steps, self.device = memory.resident(device), steps, device
         if done:
             self.said(f"continuing after step {done}")
         self.progress.reset(self.task, total=steps, completed=done, visible=True)
@@ -76,7 +78,7 @@ class Display(Watch):
         parts = [f"loss {self.loss:.4f}{self.accuracy}", f"{row.tokens / row.seconds:,.0f} tokens/s"]
         if row.floor > 0:
             parts.append(f"signal {row.signal / row.floor:,.0f} x rounding")
-        if (peak := memory.highest()) is not None and self.start is not None:
+        if (peak := memory.highest(self.device)) is not None and self.start is not None:
             parts.append(f"peak +{memory.human(peak - self.start)}")
         text = " | ".join(parts)
         self.progress.update(self.task, completed=row.step + 1, description=text)
@@ -131,6 +133,7 @@ def finetune(
     format: Annotated[str, _option("of weights that are dense in the file: int4, int8, nf4, fp4, dense")] = "int4",
     group_size: Annotated[int | None, _option("weights per scale, -1 for a row")] = None,
     dtype: Annotated[str, _option("activations: float32, bfloat16, float16")] = "float32",
+    device: Annotated[str, _option("cpu, cuda or cuda:1")] = "cpu",
     adapter: Annotated[str, _option("PEFT LoRA directory to continue from")] = "",
     steps: Annotated[int, _option("training steps")] = Recipe.steps,
     batch_size: Annotated[int, _option("examples a step")] = Recipe.batch_size,
@@ -278,13 +281,23 @@ def explain(
     group_size: Annotated[int | None, _option("weights per scale, -1 for a row")] = None,
     rows: Annotated[int, _option("rows (tokens of all row groups) to choose for")] = 512,
     groups: Annotated[int, _option("row groups")] = 2,
+    device: Annotated[str, _option("cpu, or cuda: what a GPU would run, here or elsewhere")] = "cpu",
+    arch: Annotated[str, _option("of that GPU, if none is here: 80, 90, gfx942")] = "",
+    dtype: Annotated[str, _option("activations on that GPU: bfloat16, float16, float32")] = "bfloat16",
 ) -> None:
-    """What runs where and why: for each layer of --model, or (without) for this installation."""
-    from .backend import environment, explain_layers
+    """What runs where and why: for each layer of --model, or (without) for this installation or a GPU."""
+    from .backend import environment, explain_layers, explain_shapes
+    from .finetune import DTYPES
     from .integrations.transformers import load_model
     from .layers import zo_layers
     from .swap import ZOConfig
 
+    arch = _arch(device, arch)
+    if dtype not in DTYPES:
+        raise ValueError(f"`--dtype` is {dtype!r}; activations may be {', '.join(DTYPES)}")
+    if arch and not model:
+        _print_shapes(explain_shapes(arch, DTYPES[dtype]), f"int4 4096 x 4096, {dtype}, rank 16, on {arch}")
+        return
     if not model:
         table = Table(show_header=False)
         for name, value in environment().items():
@@ -293,8 +306,8 @@ def explain(
         return
     config = ZOConfig(format=format, group_size=group_size, rank=rank, ranks=_ranks(ranks))
     loaded = load_model(model, config)
-    told = explain_layers(loaded.model, rows, groups, seeds=1)
-    table = Table(title=model)
+    told = explain_layers(loaded.model, rows, groups, 1, arch, DTYPES[dtype] if arch else None)
+    table = Table(title=f"{model} on {arch}" if arch else model)
     for column in ("layer", "format", "layout", "out x in", "rank", "runs on", "bytes"):
         table.add_column(column, no_wrap=True)
     refusals: Counter[str] = Counter()
@@ -312,8 +325,49 @@ def explain(
         console.print(f"{reason} ({count} layers)", markup=False)
     if not refusals:
         console.print("no implementation declines any layer")
+    _print_products(told)
     for name, reason in loaded.report.skipped.items():
         console.print(f"{name}: left as it is: {reason}", markup=False)
+
+
+def _arch(device: str, arch: str) -> str:
+    """`--arch` as `Problem.arch`; that of the GPU here where none is given; "" for the CPU."""
+    import torch
+
+    from .dispatch import arch_of
+
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"`--device` is {device!r}; it may be cpu or cuda")
+    if device == "cpu":
+        if arch:
+            raise ValueError(f"`--arch` is {arch!r}, which goes with --device cuda")
+        return ""
+    if not arch and not (arch := arch_of(torch.device("cuda", 0))):
+        raise ValueError("`--arch` is needed, since torch sees no GPU here: 80, 86, 89, 90, 100, 120 or gfx942, say")
+    name = arch if arch.startswith(("sm_", "gfx")) else f"sm_{arch}"
+    if not re.fullmatch(r"sm_\d{2,3}|gfx[0-9a-f]+", name):
+        raise ValueError(f"`--arch` is {arch!r}; it is a number like 90 (compute capability 9.0) or a name like gfx942")
+    return name
+
+
+def _print_shapes(told: Mapping[Any, Any], title: str) -> None:
+    """Rows against implementations: which runs, and what each would take by the model of dispatch."""
+    names = sorted({name for why in told.values() for name in why.seconds})
+    table = Table("rows", "runs on", *(f"{name}, modelled us" for name in names), title=title)
+    refusals: Counter[str] = Counter()
+    for problem, why in told.items():
+        times = (f"{1e6 * why.seconds[name]:,.1f}" if name in why.seconds else "declines" for name in names)
+        table.add_row(str(problem.M), why.chosen, *times)
+        refusals.update(f"{who} declines: {reason}" for who, reason in why.refusals.items())
+    console.print(table)
+    for reason, count in refusals.items():
+        console.print(f"{reason} ({count} of {len(told)} rows)", markup=False)
+    _print_products(told)
+    console.print("The least modelled time among those that do not decline runs. Modelled, not measured.")
+
+
+def _print_products(told: Mapping[Any, Any]) -> None:
+    console.print(f"x and W are multiplied in {', '.join(sorted({why.products for why in told.values()}))}")
 
 
 @app.command()

@@ -102,22 +102,25 @@ ROOF = {
     "gfx942": Roof(1307e12, 654e12, 163e12, 5.3e12),  # MI300X
 }
 
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("zoact_forced", default=None)
+# (name, op): which implementation runs an op, or with op "" every op.
+_forced: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar("zoact_forced", default=None)
 
 
 @contextlib.contextmanager
-def using(name: str, isa: str | None = None) -> Iterator[None]:
-    """Run every op inside the block by the implementation `name`; `isa` picks a CPU instruction set.
+def using(name: str, isa: str | None = None, op: str = "") -> Iterator[None]:
+    """Run every op inside the block, or only `op`, by the implementation `name`; `isa` picks a CPU instruction set.
 
     Raises:
-        ValueError: no such implementation, or this machine has no such instruction set.
+        ValueError: no such implementation or op, or this machine has no such instruction set.
     """
     names = [i.name for i in IMPLEMENTATIONS]
     if name not in names:
         raise ValueError(f"`name` is {name!r}; implementations are {', '.join(names)}")
     if isa is not None and name != "cpu":
         raise ValueError(f"`isa` is {isa!r}, but only the implementation 'cpu' has instruction sets")
-    token = _forced.set(name)
+    if op and not hasattr(Reference, op):
+        raise ValueError(f"`op` is {op!r}; it may be one of torch.ops.zoact, as in 'zo_linear'")
+    token = _forced.set((name, op))
     try:
         with Cpu.force_isa(isa) if isa else contextlib.nullcontext():
             yield
@@ -179,7 +182,7 @@ class Explanation(NamedTuple):
 def explain(problem: Problem) -> Explanation:
     refusals = {i.name: r for i in IMPLEMENTATIONS if (r := i.refusal(problem)) is not None}
     seconds = {i.name: _seconds(i, problem) for i in IMPLEMENTATIONS if i.name not in refusals}
-    return Explanation(choose(problem, _forced.get()).name, refusals, seconds, _products(problem))
+    return Explanation(implementation(problem).name, refusals, seconds, _products(problem))
 
 
 def _products(p: Problem) -> str:
@@ -194,4 +197,5 @@ def _brief(p: Problem) -> str:
 
 def implementation(problem: Problem):  # no type: its op functions are those of the schema
     """What runs `problem` here and now, `using` respected."""
-    return choose(problem, _forced.get())
+    name, op = _forced.get() or (None, "")
+    return choose(problem, name if op in ("", problem.op) else None)

@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ class Job:
     model: GGUF file or Hugging Face directory. train, eval: files for `data.read`; or demo: name of a packaged task.
     prompt, labels, label_column, completion, separator, mean: see `data.Task`.
     rank, ranks, format, group_size, quantizer: see `swap.ZOConfig` (a GGUF keeps its own formats).
+    device: "cpu", or where torch sees one "cuda" or "cuda:1".
     targets: patterns of the layers that get a rank (none: all).
     adapter: a PEFT LoRA to continue from; layers it doesn't name aren't trained.
     eval_limit: held-out examples used, from the first (0: all).
@@ -71,6 +73,7 @@ class Job:
     group_size: int | None = None
     quantizer: str = "mse"
     dtype: str = "float32"
+    device: str = "cpu"
     adapter: str = ""
     classifier: bool = False
     eval_batch: int = 32
@@ -80,6 +83,10 @@ class Job:
         object.__setattr__(self, "targets", tuple(self.targets))  # a list, when it comes from JSON
         if self.dtype not in DTYPES:
             raise ValueError(f"`dtype` is {self.dtype!r}; activations may be {', '.join(DTYPES)}")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"`device` is {self.device!r}; it may be 'cpu', 'cuda' or one of several, as in 'cuda:1'")
+        if self.device != "cpu" and not torch.cuda.is_available():
+            raise ValueError(f"`device` is {self.device!r}, but torch {torch.__version__} sees no CUDA device here")
         if bool(self.train) == bool(self.demo):
             raise ValueError("a run needs either `train`, a file of examples, or `demo`, a packaged task")
         if self.eval_batch < 1 or self.eval_limit < 0:
@@ -170,8 +177,9 @@ def load(job: Job, *, adapter: bool = True) -> Loaded:
     """
     task, training, held_out = job.examples()
     config = ZOConfig(
-        format=job.format, group_size=job.group_size, rank=job.rank, ranks=job.ranks, quantizer=job.quantizer
-    )
+        format=job.format, group_size=job.group_size, rank=job.rank, ranks=job.ranks, quantizer=job.quantizer,
+        layout=None if job.device == "cpu" else "row",  # the move brings it into the device's own
+    )  # fmt: skip
     model, tokenizer, _ = load_model(
         job.model,
         config,
@@ -179,6 +187,7 @@ def load(job: Job, *, adapter: bool = True) -> Loaded:
         dtype=DTYPES[job.dtype],
         task="classification" if job.classifier else "causal-lm",
     )
+    model.to(job.device)
     if tokenizer is None:
         raise ValueError(f"`model` is {job.model!r}, which has no tokenizer beside its weights")
     if job.adapter and adapter:
@@ -304,7 +313,7 @@ def compare_costs(optimizer: ZOAct, batch: Batch, repeats: int = 9) -> Costs:
 
     def forward() -> None:
         with without_side_path(model):
-            group_losses(model, batch, groups)
+            group_losses(model, batch, groups).cpu()  # waits for a GPU, as a step does
 
     def step() -> None:
         optimizer.step_on([lambda count: group_losses(model, batch, count)])
@@ -314,7 +323,7 @@ def compare_costs(optimizer: ZOAct, batch: Batch, repeats: int = 9) -> Costs:
         times: tuple[list[float], list[float]] = ([], [])
         for run in (forward, step):
             run()  # warm
-            with memory.peak_memory() as peak:
+            with memory.peak_memory(str(optimizer.device)) as peak:
                 run()
             peaks.append(peak.bytes)
         for _ in range(repeats):

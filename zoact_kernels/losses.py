@@ -72,6 +72,12 @@ class Batch:
         return self.sequences // self.choices
 
     @property
+    def leading(self) -> tuple[int, ...]:
+        """Leading sizes that a row group may have in a layer: S, or S T where the model flattens tokens; 1 is what a
+        head that is itself a ZOLinear meets, since its label rows come as [groups, n, K]."""
+        return tuple(sorted({1, self.sequences, self.input_ids.numel()}))
+
+    @property
     def rows(self) -> Tensor:
         """[S] the example of each sequence."""
         return torch.arange(self.sequences, device=self.input_ids.device) // self.choices

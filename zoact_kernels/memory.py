@@ -1,4 +1,5 @@
-"""Peak memory of a piece of work, as the kernel counts it (Linux: /proc; elsewhere None).
+"""Peak memory of a piece of work: of the process, as Linux counts it (/proc; elsewhere None), or of a CUDA device's
+tensors, as torch's allocator counts them.
 
     with peak_memory() as peak:
         forward()
@@ -32,18 +33,31 @@ def _field(name: str) -> int | None:
     return None
 
 
-def resident() -> int | None:
-    """Bytes of this process in memory now (VmRSS)."""
-    return _field("VmRSS")
+def resident(device: str = "cpu") -> int | None:
+    """Bytes in memory now: of this process (VmRSS), or of tensors on a device such as "cuda:1"."""
+    if device == "cpu":
+        return _field("VmRSS")
+    import torch
+
+    return int(torch.cuda.memory_allocated(device))
 
 
-def highest() -> int | None:
-    """Largest `resident()` since the process began or `reset_highest()` (VmHWM)."""
-    return _field("VmHWM")
+def highest(device: str = "cpu") -> int | None:
+    """Largest `resident(device)` since the process began or `reset_highest(device)` (VmHWM)."""
+    if device == "cpu":
+        return _field("VmHWM")
+    import torch
+
+    return int(torch.cuda.max_memory_allocated(device))
 
 
-def reset_highest() -> bool:
-    """Set `highest()` back to `resident()`; False where the system does not allow it."""
+def reset_highest(device: str = "cpu") -> bool:
+    """Set `highest(device)` back to `resident(device)`; False where the system does not allow it."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
     try:
         _CLEAR.write_text("5")
     except OSError:
@@ -66,14 +80,14 @@ class Peak:
 
 
 @contextlib.contextmanager
-def peak_memory() -> Iterator[Peak]:
+def peak_memory(device: str = "cpu") -> Iterator[Peak]:
     peak = Peak()
     trim()
-    start = resident() if reset_highest() else None
+    start = resident(device) if reset_highest(device) else None
     try:
         yield peak
     finally:
-        end = highest()
+        end = highest(device)
         if start is not None and end is not None:
             peak.bytes = end - start
 

@@ -177,10 +177,15 @@ class ZOAct:
         device = param_ids.device
         self.groups = estimators.group_count(sides, queries)
         self._table = estimators.group_sigmas(sides, queries, sigma)  # [G, S], on the CPU
-        self._sigmas = self._table.to(device, copy=True)
+        self._radii, self._sigmas = (self._table.to(device, copy=True) for _ in range(2))
         self._seeds = torch.zeros(queries, dtype=torch.int64, device=device)
         self._weights = torch.zeros(queries, dtype=torch.float32, device=device)
         self._one_seed, self._one_sigma = self._seeds[:1].clone(), self._sigmas[:1, :1].clone()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's layers, and so this optimizer's tensors, are."""
+        return self.rule.param_ids.device
 
     def stack(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch as a forward of this optimizer wants it: G copies of the examples, group after group.
@@ -222,22 +227,11 @@ class ZOAct:
         parts = list(evaluations)
         if not parts:
             raise ValueError("evaluations is empty; a step needs at least one batch")
-        self._check_coeffs()
-        step = self.iteration
-        seeds = torch.tensor([rng.seed_for(self.seed, step, query) for query in range(self.queries)])
-        self._seeds.copy_(seeds)
+        seeds = self._prepare()
         with evaluating(self.model):
-            losses = self._evaluate(parts, 1.0, rows)
-            if self.floor_every and step % self.floor_every == 0:
-                shrunk = self._evaluate(parts, estimators.FLOOR_SHRINK, rows)
-                self.floor = estimators.rounding_floor(losses, shrunk, self.sides, self.queries)
-        weights, reason = self._estimate(losses)
-        lr = optim.learning_rate(step, lr=self.lr, schedule=self.schedule, steps=self.steps, warmup=self.warmup)
-        signal = self._signal(losses)
-        self._apply(weights, lr, bool(reason))
-        return StepResult(
-            step, seeds, losses, weights, lr, bool(reason), reason, signal, self.floor, self._advice(signal)
-        )
+            shrunk = self._evaluate(parts, estimators.FLOOR_SHRINK, rows).cpu() if self._floor_is_due() else None
+            losses = self._on_device(parts, rows)
+        return self._finish(seeds, losses.cpu(), shrunk)
 
     def replay(self, rows: Iterable[LoggedStep]) -> None:
         """Apply logged steps without evaluating the model; C and moments become those of the run that was logged.
@@ -254,7 +248,9 @@ class ZOAct:
                     f"with {self.queries} queries they are ({self.queries},)"
                 )
             self._seeds.copy_(row.seeds)
-            self._apply(row.weights, row.lr, row.skipped)
+            self._weights.copy_(row.weights)
+            self.rule.update(self._seeds, self._weights, lr=row.lr, skipped=row.skipped)
+            self.iteration += 1
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of all that a bit-exact resume needs besides the arguments: C, A, moments, counters.
@@ -311,6 +307,50 @@ class ZOAct:
 
     # --- the parts of a step ------------------------------------------------------------------------------------------
 
+    def _prepare(self) -> Tensor:
+        """What the host decides before the device runs: seeds, int64 [S] on the CPU, and the numbers of the rule."""
+        self._check_coeffs()
+        seeds = torch.tensor([rng.seed_for(self.seed, self.iteration, query) for query in range(self.queries)])
+        self._seeds.copy_(seeds)
+        self.rule.prepare(self._rate())
+        return seeds
+
+    def _on_device(self, parts: Sequence[Evaluation], rows: tuple[int, ...], dry: bool = False) -> Tensor:
+        """Evaluate, estimate, update: losses float64 [G, B]. The host neither waits nor decides in between, so a CUDA
+        graph can hold it (StepGraph). dry: change nothing."""
+        losses = self._evaluate(parts, 1.0, rows)
+        estimate = (losses, self.sides, self.queries, self.sigma)
+        self._weights.copy_(estimators.weights(*estimate, scaling=self.scaling, clip=self.clip))
+        fine = torch.isfinite(losses).all() & torch.isfinite(self._weights).all()
+        if self.scaling == "std":  # zeros where all queries saw the same
+            fine &= self._weights.any()
+        self.rule.skip.copy_(fine.logical_not())
+        if dry:
+            self.rule.skip.fill_(True)
+        self.rule.launch(self._seeds, self._weights)
+        return losses
+
+    def _finish(self, seeds: Tensor, losses: Tensor, shrunk: Tensor | None) -> StepResult:
+        """Count the step and tell what it did, once its losses [G, B] are on the CPU."""
+        if shrunk is not None:
+            self.floor = estimators.rounding_floor(losses, shrunk, self.sides, self.queries)
+        step, lr, signal = self.iteration, self._rate(), self._signal(losses)
+        weights = self._weights.to("cpu", copy=True)
+        reason = self._reason(losses, weights) if bool(self.rule.skip) else ""
+        self.rule.finish()
+        self.iteration += 1
+        return StepResult(
+            step, seeds, losses, weights, lr, bool(reason), reason, signal, self.floor, self._advice(signal)
+        )
+
+    def _rate(self) -> float:
+        return optim.learning_rate(
+            self.iteration, lr=self.lr, schedule=self.schedule, steps=self.steps, warmup=self.warmup
+        )
+
+    def _floor_is_due(self) -> bool:
+        return self.floor_every > 0 and self.iteration % self.floor_every == 0
+
     def _evaluate(self, parts: Sequence[Evaluation], shrink: float, rows: tuple[int, ...]) -> Tensor:
         """Losses float64 [G, B] of all parts side by side, at sigma * shrink."""
         return torch.cat([torch.cat(list(self._groups(part, shrink, rows))) for part in parts], dim=1)
@@ -318,7 +358,7 @@ class ZOAct:
     def _groups(self, evaluate: Evaluation, shrink: float, rows: tuple[int, ...]) -> Iterator[Tensor]:
         """Losses of one part: [G, B] at once when stacked, else [1, B] group by group."""
         if self.mode == "stacked":
-            self._sigmas.copy_(self._table * shrink)
+            torch.mul(self._radii, shrink, out=self._sigmas)
             leading = tuple(self.groups * size for size in rows)
             with perturbed(self.model, self._seeds, self._sigmas, self.noise, leading):
                 losses = _losses(evaluate(self.groups), self.groups)
@@ -339,24 +379,15 @@ class ZOAct:
     def _signal(self, losses: Tensor) -> float:
         return float(estimators.contrasts(losses, self.sides, self.queries).abs().mean())
 
-    def _estimate(self, losses: Tensor) -> tuple[Tensor, str]:
-        """Weights float32 [S], and why the step has to be skipped, or ''."""
-        estimate = (losses, self.sides, self.queries, self.sigma)
-        weights = estimators.weights(*estimate, scaling=self.scaling, clip=self.clip).to(torch.float32)
+    def _reason(self, losses: Tensor, weights: Tensor) -> str:
+        """Why a step had to be skipped."""
         bad = (~torch.isfinite(losses)).sum(dim=1)
         if bool(bad.any()):
             group = int(bad.argmax())
-            return weights, f"{int(bad[group])} of {losses.shape[1]} losses of group {group} are not finite"
+            return f"{int(bad[group])} of {losses.shape[1]} losses of group {group} are not finite"
         if not bool(torch.isfinite(weights).all()):
-            return weights, "the loss differences overflow float32"
-        if self.scaling == "std" and not bool(weights.any()):
-            return weights, "the losses of all queries are equal, so they cannot be normalised by their spread"
-        return weights, ""
-
-    def _apply(self, weights: Tensor, lr: float, skipped: bool) -> None:
-        self._weights.copy_(weights)
-        self.rule.update(self._seeds, self._weights, lr=lr, skipped=skipped)
-        self.iteration += 1
+            return "the loss differences overflow float32"
+        return "the losses of all queries are equal, so they cannot be normalised by their spread"
 
     def _advice(self, signal: float) -> float | None:
         """A better sigma where the recent signal drowns in rounding; warns the first time it does."""
@@ -387,7 +418,7 @@ def _coeff(layer: ZOLinear) -> Tensor:
 
 
 def _losses(losses: Tensor, groups: int) -> Tensor:
-    """Per-example losses of a closure as float64 [groups, B] on the CPU."""
+    """Per-example losses of a closure as float64 [groups, B]."""
     if losses.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"losses are {losses.dtype}; needed are float32 or float64: one ulp of a 16-bit loss is larger than what a "
@@ -399,4 +430,4 @@ def _losses(losses: Tensor, groups: int) -> Tensor:
             f"losses have shape {tuple(losses.shape)}; {groups} row groups give ({groups} * B,) or ({groups}, B), one "
             "loss per example, group after group"
         )
-    return losses.detach().to("cpu").double().reshape(groups, -1)
+    return losses.detach().double().reshape(groups, -1)

@@ -64,18 +64,27 @@ class SGD:
         """What the rule makes of the estimator's weights [S] or [L, S]."""
         return weights
 
-    @torch.no_grad()
     def update(self, seeds: Tensor, weights: Tensor, *, lr: float, skipped: bool = False) -> None:
         """One step along g = sum weights Z. seeds int64 [S], weights float32 [S] or [L, S], on the device of C.
 
         skipped: C, moments and t stay as they are, bit for bit, whatever the weights hold.
         """
+        self.prepare(lr)
+        self.skip.fill_(skipped)
+        self.launch(seeds, weights)
+        self.finish()
+
+    def prepare(self, lr: float) -> None:
+        """The numbers of the next step into `hyper`, from the host."""
         t = self.t + 1
         # As the kernel sees them: 1 - fp32(0.999) is off by 1.3e-5, and the correction has to match it.
         beta1, beta2 = (torch.tensor(beta, dtype=torch.float32).item() for beta in self.betas)
         hyper = (lr, beta1, beta2, self.eps, self.weight_decay, 1 - beta1**t, 1 - beta2**t)
         self.hyper.copy_(torch.tensor(hyper, dtype=torch.float64))
-        self.skip.fill_(skipped)
+
+    @torch.no_grad()
+    def launch(self, seeds: Tensor, weights: Tensor) -> None:
+        """The step itself, or nothing where `skip` is set: device work only, so a CUDA graph can hold it."""
         torch.ops.zoact.zo_update_(
             list(self.coeffs.values()),
             list(self.exp_avgs.values()),
@@ -88,7 +97,10 @@ class SGD:
             self.rule,
             self.noise,
         )
-        self.t += not skipped
+
+    def finish(self) -> None:
+        """Count the step that `launch` made, unless it was skipped: waits for the device."""
+        self.t += not bool(self.skip)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of t and the moments, tensors only: "t" int64 [], "exp_avg/<name>", "exp_avg_sq/<name>"."""

@@ -96,7 +96,7 @@ class Recipe:
 class Watch:
     """What a run tells while it goes on. These say nothing; a display overrides them."""
 
-    def started(self, done: int, steps: int) -> None: ...
+    def started(self, done: int, steps: int, device: str) -> None: ...
 
     def stepped(self, row: StepRow, result: StepResult) -> None: ...
 
@@ -159,7 +159,7 @@ def train(
         for key, was in (before or {}).items():
             if backend[key] != was:
                 watch.said(f"not bit-exact: {key} was {was} when the run began and is {backend[key]} now")
-        stack.enter_context(using(backend["implementation"], backend["isa"]))
+        stack.enter_context(using(backend["implementation"], backend["isa"], op="zo_linear"))
         if log:
             optimizer = restore(model, log, recipe, watch)
         else:
@@ -190,10 +190,11 @@ class _Run:
 
     def go(self) -> Result:
         memory.trim()
-        start = memory.resident() if memory.reset_highest() else None
+        device = str(self.optimizer.device)
+        start = memory.resident(device) if memory.reset_highest(device) else None
         log, recipe = self.log, self.recipe
         with stop_signals(self._stop), contextlib.closing(Metrics(log)) as metrics:
-            self.watch.started(log.done, recipe.steps)
+            self.watch.started(log.done, recipe.steps, device)
             self._evaluate(metrics)
             while log.done < recipe.steps and not self.stopped_by:
                 row, result = self._step()
@@ -206,19 +207,16 @@ class _Run:
                     _snapshot(log, self.optimizer)
                 self._evaluate(metrics)
             _snapshot(log, self.optimizer)
-        end = memory.highest()
+        end = memory.highest(device)
         peak = end - start if start is not None and end is not None else None
         return Result(log.done, self.stopped_by, peak, self.optimizer)
 
     def _step(self) -> tuple[StepRow, StepResult]:
         start = time.perf_counter()
-        optimizer, batch = self.optimizer, self.batch_at(self.log.done)
+        optimizer, batch = self.optimizer, self.batch_at(self.log.done).to(self.optimizer.device)
         parts = batch.split(self.recipe.micro_batch) if self.recipe.micro_batch else [batch]
         evaluations = [functools.partial(group_losses, self.model, part) for part in parts]
-        sizes = {part.sequences for part in parts}
-        # Sequences, or tokens; 1 is what a head that is itself a ZOLinear meets: its label rows come as [groups, n, K].
-        rows = tuple(sorted({1} | sizes | {size * batch.input_ids.shape[1] for size in sizes}))
-        result = optimizer.step_on(evaluations, rows)
+        result = optimizer.step_on(evaluations, tuple(sorted({size for part in parts for size in part.leading})))
         seconds = time.perf_counter() - start
         tokens = batch.tokens * optimizer.groups
         row = StepRow(
@@ -236,7 +234,8 @@ class _Run:
         self.watch.evaluating(done)
         start = time.perf_counter()
         try:
-            seen = evaluate(self.model, self._until_stopped(self.held_out()))
+            batches = (batch.to(self.optimizer.device) for batch in self.held_out())
+            seen = evaluate(self.model, self._until_stopped(batches))
         except _Stopped:
             return
         correct = torch.zeros(0) if seen.correct is None else seen.correct
@@ -431,8 +430,10 @@ def load_state(model: nn.Module, log: RunLog, recipe: Recipe, state: Mapping[str
     for name, layer in layers.items():
         if layer.rank and name not in trained:
             layer.rank, layer.coeff, layer.basis = 0, None, None
+    device = next(iter(layers.values())).param_id.device
+    bases = {key: a.to(device) for key, a in state.items() if key.startswith("basis/")}  # layers share them
     for name, index in zip(trained, state["basis_of"].tolist(), strict=True):
-        layers[name].set_basis(state[f"basis/{index}"], state[f"coeff/{name}"])
+        layers[name].set_basis(bases[f"basis/{index}"], state[f"coeff/{name}"].to(device))
     optimizer = recipe.create(model)
     optimizer.load_state_dict(state)
     return optimizer

@@ -218,11 +218,12 @@ def linear(weight: str, dtype: str, M: int, N: int, noise: str = "normal", R: in
     )  # fmt: skip
 
 
-def dense(weight: str, dtype: str, M: int, noise: str = "normal", mask: str = "none") -> None:
+def dense(weight: str, dtype: str, M: int, noise: str = "normal", mask: str = "none", on: str = "weight") -> None:
     Triton().zo_dense_linear(
         torch.zeros(M, 1024, dtype=DTYPES[dtype]), **_weight(weight, 1024, 1024), **_seeded(2, 2), bias=None,
         noise_scale=None, mask_value=None if mask == "none" else torch.zeros(1),
-        mask_seed=torch.zeros(1, dtype=torch.int64) if mask == "random" else None, noise=noise, mask=mask, groups=2,
+        mask_seed=torch.zeros(1, dtype=torch.int64) if mask == "random" else None, noise=noise, noise_on=on, mask=mask,
+        groups=2,
     )  # fmt: skip
 
 
@@ -261,6 +262,8 @@ CASES: dict[str, Callable[[], None]] = {
     "dense-int4-tf32-M64-rademacher": partial(dense, "int4", "tf32", 64, "rademacher"),
     "dense-int4-f16-M16-rademacher-random": partial(dense, "int4", "f16", 16, "rademacher", "random"),
     "dense-int4-bf16-M16-magnitude": partial(dense, "int4", "bf16", 16, "normal", "magnitude"),
+    "dense-int4-bf16-M32-scale": partial(dense, "int4", "bf16", 32, "normal", "none", "scale"),
+    "dense-nf4-nested-f16-M16-scale": partial(dense, "nf4-nested", "f16", 16, "rademacher", "none", "scale"),
     **{f"update-{r}-{n}": partial(update, r, n) for r in ("sgd", "momentum", "adamw") for n in KINDS},
     **{f"perturb-{d}-normal": partial(perturb, d, "normal") for d in STORED},
     "perturb-bf16-rademacher-random-rounding": partial(perturb, "bf16", "rademacher", "random", 0, True),

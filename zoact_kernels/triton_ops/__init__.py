@@ -85,8 +85,8 @@ class Triton:
             return f"layout {p.layout!r} is one of CPU kernels; these read 'row'"
         if p.format == "dense" and p.code_dtype not in _ACTIVATIONS:
             return f"the dense weight is {p.code_dtype}"
-        if p.op == "zo_dense_linear" and "noise on the scales" in p.features:
-            return "noise on the scales is left to the reference"
+        if "noise on the scales" in p.features and len(p.features) > 1:
+            return "noise on the scales goes without masks and noise_scale, and not with blocks that run across rows"
         return None
 
     def cost(self, problem: Problem) -> tuple[float, float]:

@@ -121,7 +121,7 @@ def load_k(where, k, K, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _factor_tile(
+def factor_tile(
     codes, n, k0, K, code_stride, FORMAT: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr, CENTRE: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +145,7 @@ def _factor_tile(
 
 
 @triton.jit
-def _scalars(stored, nested, row, step, k, K, EVEN: tl.constexpr):
+def scalars(stored, nested, row, step, k, K, EVEN: tl.constexpr):
     """Scales (or offsets) number row + step, of column k, in fp32; nested ones decoded: two operations, each rounded.
     `row` is what a loop over K leaves alone, so that a step adds no more than `step`."""
     value = load_k(stored + row + step, k, K, EVEN)
@@ -166,17 +166,17 @@ def _scale_tile(
     row = n.to(tl.int64)[:, None]
     k = k0 + tl.arange(0, BK)[None, :]
     if FLAT:
-        return _scalars(stored, nested, 0, (row * K + k) // SPAN, k, K, EVEN)
+        return scalars(stored, nested, 0, (row * K + k) // SPAN, k, K, EVEN)
     elif SPAN == 0:
-        return _scalars(stored, nested, row, 0, 0, K, True)
+        return scalars(stored, nested, row, 0, 0, K, True)
     elif SPAN % BK == 0:
-        return _scalars(stored, nested, row * groups, k0 // SPAN, 0, K, True)
+        return scalars(stored, nested, row * groups, k0 // SPAN, 0, K, True)
     elif BK % SPAN == 0:
         group = k0 // SPAN + tl.arange(0, BK // SPAN)[None, :]
-        each = _scalars(stored, nested, row * groups, group, group, groups, EVEN)
+        each = scalars(stored, nested, row * groups, group, group, groups, EVEN)
         return tl.reshape(tl.broadcast_to(each[:, :, None], (BN, BK // SPAN, SPAN)), (BN, BK))
     else:
-        return _scalars(stored, nested, row * groups, k // SPAN, k, K, EVEN)
+        return scalars(stored, nested, row * groups, k // SPAN, k, K, EVEN)
 
 
 @triton.jit
@@ -187,12 +187,12 @@ def weight_tile(
     """D(W)[n, k0 : k0 + BK] in fp32. n is int32 [BN], rows of the weight; k0 < K is a multiple of BK, and if EVEN so
     is K."""
     if FORMAT == "dense":
-        return _factor_tile(codes, n, k0, K, code_stride, FORMAT, FLAT, EVEN, 0.0, BK)
+        return factor_tile(codes, n, k0, K, code_stride, FORMAT, FLAT, EVEN, 0.0, BK)
     elif offset is None:
-        factor = _factor_tile(codes, n, k0, K, code_stride, FORMAT, FLAT, EVEN, 8.0, BK)
+        factor = factor_tile(codes, n, k0, K, code_stride, FORMAT, FLAT, EVEN, 8.0, BK)
         return factor * _scale_tile(scale, nested, n, k0, K, groups, SPAN, FLAT, EVEN, BN, BK)
     else:
-        q = _factor_tile(codes, n, k0, K, code_stride, FORMAT, FLAT, EVEN, 0.0, BK)
+        q = factor_tile(codes, n, k0, K, code_stride, FORMAT, FLAT, EVEN, 0.0, BK)
         s = _scale_tile(scale, None, n, k0, K, groups, SPAN, FLAT, EVEN, BN, BK)
         o = _scale_tile(offset, None, n, k0, K, groups, SPAN, FLAT, EVEN, BN, BK)
         return tl.fma(q, tl.broadcast_to(s, (BN, BK)), tl.broadcast_to(o, (BN, BK)))

@@ -49,7 +49,7 @@ def splits(N: int, K: int) -> tuple[int, int]:
 class Shape(NamedTuple):
     """What the tile of a product may depend on."""
 
-    arch: str  # as Problem.arch; "" in the interpreter
+    arch: str  # as Problem.arch; "" on the CPU
     product: str  # what x . W^T is multiplied in: "float32", "tf32", "bfloat16", "float16"
     format: str  # of the weight, "flat" where its blocks run across rows
     M: int
@@ -80,6 +80,8 @@ def _linear_rule(s: Shape) -> Tile:
     weight is the left operand on every target, so that M changes the width of an instruction, never its depth. fp32 has
     no tensor core: its tiles are small because both operands and the sums live in registers. Flat blocks address every
     element, tf32 has four bytes of each. Few rows are bound by the weight's bytes: more of them are on their way.
+    128 rows and 8 warps have 43 instructions beside an HGMMA instead of 58, but one program a multiprocessor: `tune`
+    may pick them.
     """
     if s.product == "float32":
         return Tile(32, 16, 32, 4, 2) if s.bucket <= 16 else Tile(64, 32, 32, 4, 2)

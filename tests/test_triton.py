@@ -1,52 +1,35 @@
 """The Triton kernels against the reference, in Triton's interpreter, and where dispatch takes them.
 
-TRITON_INTERPRET=1 counts when Triton is imported and turns compiling off, so each file of tests/interpreted runs in a
-process of its own; test_machine_code.py compiles the same kernels.
+The half of the interpreter's time that is zo_linear is in test_triton_linear.py, for another worker of `make test`.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
+import interpreting
 import pytest
+import test_triton_linear
 import torch
 
 from zoact_kernels.dispatch import Problem, explain
 from zoact_kernels.triton_ops import host, tiles
 
 pytest.importorskip("triton")
-HERE = Path(__file__).parent
-FILES = sorted(path.stem for path in (HERE / "interpreted").glob("*.py"))
-
-
-def interpreted(stem: str, marks: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", marks, "-p", "no:cacheprovider", "--tb=short"]
-    kept = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-    run = subprocess.run(
-        [*command, str(HERE / "interpreted" / f"{stem}.py")], env=kept | {"TRITON_INTERPRET": "1"}, cwd=HERE.parent,
-        text=True, capture_output=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    assert re.search(r"\d+ passed", run.stdout), run.stdout
-    assert "skipped" not in run.stdout, run.stdout
+FILES = [stem for stem in interpreting.FILES if stem not in test_triton_linear.FILES]
 
 
 @pytest.mark.parametrize("stem", FILES)
 def test_interpreted(stem: str) -> None:
-    interpreted(stem, "not soak")
+    interpreting.run(stem, "not soak")
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("stem", ["dequantize", "zo_linear", "zo_dense_linear"])
+@pytest.mark.parametrize("stem", ["dequantize", "zo_dense_linear"])
 def test_interpreted_grid(stem: str) -> None:
-    interpreted(stem, "soak")
+    interpreting.run(stem, "soak")
 
 
 def test_refuses_the_cpu() -> None:

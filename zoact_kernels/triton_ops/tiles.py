@@ -9,7 +9,12 @@ all the same: each has its own tensor cores.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import contextlib
+import json
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
 
 K_STEP = 128  # splits and chunks of K start at multiples of this
 CHUNK = 512  # k in one partial sum of h = x A
@@ -62,20 +67,81 @@ class Shape(NamedTuple):
         return min(max(16, 1 << (self.M - 1).bit_length()), 4096)
 
 
+# What a tuned table may hold beside the rule's BN and BK.
+ROWS, WARPS, STAGES = (16, 32, 64, 128), (4, 8), range(1, 9)
+KIND = "zoact_kernels tiles"
+
 # What `load` brought: (product, format, N, K, bucket) -> (BM, warps, stages).
 _tuned: dict[tuple[str, str, int, int, int], tuple[int, int, int]] = {}
 
 
+def _key(s: Shape) -> tuple[str, str, int, int, int]:
+    return s.product, s.format, s.N, s.K, s.bucket
+
+
 def linear_tile(s: Shape) -> Tile:
-    """The tile of zo_linear."""
-    rule = _linear_rule(s)
-    if not _tuned:
-        return rule
-    BM, warps, stages = _tuned.get((s.product, s.format, s.N, s.K, s.bucket), (rule.BM, rule.warps, rule.stages))
+    """The tile of zo_linear: of the table that was loaded, else of the rule."""
+    rule = linear_rule(s)
+    BM, warps, stages = _tuned.get(_key(s), (rule.BM, rule.warps, rule.stages))
     return rule._replace(BM=BM, warps=warps, stages=stages)
 
 
-def _linear_rule(s: Shape) -> Tile:
+@contextlib.contextmanager
+def using(s: Shape, tile: Tile) -> Iterator[None]:
+    """Run shapes like s with the BM, warps and stages of `tile` inside the block."""
+    before = dict(_tuned)
+    _tuned[_key(s)] = tile.BM, tile.warps, tile.stages
+    try:
+        yield
+    finally:
+        _tuned.clear()
+        _tuned.update(before)
+
+
+def load(path: Path | str | None, arch: str) -> int:
+    """Use the table that `zoact tune` wrote for GPUs `arch` ("sm_90") from now on, in this process; None: the rules
+    again. Returns the number of its entries.
+
+    Raises:
+        ValueError: no such table, one of another GPU or Triton, or an entry that is none; nothing changes then.
+    """
+    found = {}
+    for number, entry in enumerate(_entries(Path(path), arch) if path is not None else ()):
+        try:
+            *key, BM, warps, stages = (entry[name] for name in (*_KEY, "BM", "warps", "stages"))
+            product, format, *sizes = key
+            good = isinstance(product, str) and isinstance(format, str) and all(type(v) is int and v > 0 for v in sizes)
+            good = good and BM in ROWS and warps in WARPS and stages in STAGES
+        except (KeyError, TypeError):
+            good = False
+        if not good:
+            raise ValueError(f"entry {number} of {path} is no tile: {entry}; write the table anew with `zoact tune`")
+        found[(product, format, *sizes)] = BM, warps, stages
+    _tuned.clear()
+    _tuned.update(found)
+    return len(found)
+
+
+_KEY = ("product", "format", "N", "K", "bucket")
+
+
+def _entries(path: Path, arch: str) -> list[dict[str, Any]]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        kind, of, triton, entries = (table[name] for name in ("kind", "arch", "triton", "tiles"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no table of tiles: {error!r}; `zoact tune` writes one") from error
+    if kind != KIND or not isinstance(entries, list):
+        raise ValueError(f"{path} is no table of tiles: its kind is {kind!r}; `zoact tune` writes one")
+    if (of, triton) != (arch, version("triton")):
+        raise ValueError(
+            f"{path} is for {of} and Triton {triton}; this is {arch or 'no GPU'} and Triton {version('triton')}; "
+            "run `zoact tune` here"
+        )
+    return entries
+
+
+def linear_rule(s: Shape) -> Tile:
     """Half precision and tf32: 64 rows of the weight are what one warp group multiplies from registers (wgmma), and the
     weight is the left operand on every target, so that M changes the width of an instruction, never its depth. fp32 has
     no tensor core: its tiles are small because both operands and the sums live in registers. Flat blocks address every

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from zoact_kernels import cli
-from zoact_kernels.triton_ops import tiles, tune
+from zoact_kernels.dispatch import Problem
+from zoact_kernels.triton_ops import Triton, tiles, tune
 from zoact_kernels.triton_ops.tiles import Shape, Tile, linear_rule, linear_tile
 
 pytest.importorskip("triton")
@@ -92,6 +94,14 @@ def test_load(tmp_path: Path) -> None:
     assert tiles.load(None, "sm_90") == 0
     assert linear_tile(SHAPE) == rule
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["tiles.json"], "a temporary file is left"
+
+
+def test_dispatch_does_not_follow_a_table(tmp_path: Path) -> None:
+    """Or ranks with different tables would run different implementations, whose bits differ."""
+    problem = Problem("zo_linear", "cuda", torch.bfloat16, 200, 4096, 14336, "int4", arch="sm_90")
+    cost = Triton().cost(problem)
+    tiles.load(table(tmp_path), "sm_90")
+    assert Triton().cost(problem) == cost
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,13 @@ def test_growing_leaves_what_was_taken() -> None:
     assert (small == 3).all()
 
 
+def test_a_block_made_in_inference_mode_serves_outside() -> None:
+    with torch.inference_mode():
+        Scratch(CPU).take(8, 8)
+    y = torch.mm(torch.ones(8, 8), torch.ones(8, 8), out=Scratch(CPU).take(8, 8))
+    assert (y == 8).all()
+
+
 def test_streams_and_threads_have_blocks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     here = Scratch(CPU).take(8)
     monkeypatch.setattr(workspace, "_stream", lambda device: 1)

@@ -48,7 +48,8 @@ class Scratch:
             if _capturing(self.device):
                 return torch.empty(shape, dtype=dtype, device=self.device)
             # Twice as much at least, so that growing ends. What was taken lives on in the old block until it is read.
-            block = torch.empty(1 << (end - 1).bit_length(), dtype=torch.uint8, device=self.device)
+            with torch.inference_mode(False):  # calls outside of that mode write to it too
+                block = torch.empty(1 << (end - 1).bit_length(), dtype=torch.uint8, device=self.device)
             self.blocks[self.key] = block
         if _capturing(self.device) and not any(block is kept for kept in _captured):
             _captured.append(block)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .tiles import Shape, linear_tile
+from .tiles import Shape, linear_rule
 
 if TYPE_CHECKING:
     from ..dispatch import Problem
@@ -94,7 +94,7 @@ class Triton:
         p = problem
         flops, moved = _cost(p)
         product = "tf32" if p.tf32 else str(p.dtype).removeprefix("torch.")
-        rows = linear_tile(Shape(p.arch, product, p.format, p.M, p.N, p.K)).BM
+        rows = linear_rule(Shape(p.arch, product, p.format, p.M, p.N, p.K)).BM  # no tuned table: dispatch is pure
         return flops + _dequantize(p) * -(-p.M // rows), moved
 
     def zo_linear(self, *args, **named):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DENSE, DENSE_SOAK, Case, activations, cover, dense_arguments, full, stored, weight_arguments
+from cases import DENSE, DENSE_SOAK, DTYPES, Case, activations, cover, dense_arguments, full, stored, weight_arguments
 from close import assert_no_worse
 from test_zo_dense_linear import OPTIONAL, expected
 from torch import Tensor
@@ -97,15 +97,19 @@ def test_zo_dense_linear_far_addresses() -> None:
 SCALED = ("int4-g32", "int4-g64-sym", "int4-g40-bf16", "int4-row-f32", "int8-g32", "nf4-g64-nested", "fp4-g96")
 
 
-@pytest.mark.parametrize(("weight", "noise"), [(w, rng.KINDS[i % 2]) for i, w in enumerate(SCALED)])
-@pytest.mark.parametrize(("M", "N", "K"), [(2, 33, 100), (18, 5, 257)])
-def test_zo_dense_linear_noise_on_scales(weight: str, noise: str, M: int, N: int, K: int) -> None:
+@pytest.mark.parametrize(
+    ("weight", "noise", "dtype", "M", "N", "K"),
+    [
+        (weight, rng.KINDS[i % 2], list(DTYPES.values())[i % 3], *((2, 33, 100), (18, 5, 257))[i // 2 % 2])
+        for i, weight in enumerate(SCALED)
+    ],
+)
+def test_zo_dense_linear_noise_on_scales(weight: str, noise: str, dtype: torch.dtype, M: int, N: int, K: int) -> None:
     arguments = example(M, N, K, weight, G=2) | dict(noise=noise, noise_on="scale", row_offset=5)
+    arguments["x"] = arguments["x"].to(dtype)
     if (scale := arguments["scale"]) is not None and scale.dtype != torch.uint8:
         scale[N // 2, 0] = 0  # a group without a zero point
-    for dtype in (torch.float32, torch.bfloat16):
-        some = arguments | dict(x=arguments["x"].to(dtype))
-        assert_no_worse(run(**some), expected(**some), expected(**some, compute=torch.float64))
+    assert_no_worse(run(**arguments), expected(**arguments), expected(**arguments, compute=torch.float64))
     shard = {k: v[1:] if k in ("weight", "scale", "offset", "bias") and v is not None else v
              for k, v in arguments.items()} | dict(row_offset=6, out_features=N - 1)  # fmt: skip
     assert torch.equal(run(**shard), run(**arguments)[:, 1:])

@@ -1,4 +1,4 @@
-"""The Triton zo_linear in Triton's interpreter: half of what test_triton.py would take, in a file of its own."""
+"""zo_dense_linear and dequantize in Triton's interpreter: half of what test_triton.py would take, in a file of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import interpreting
 import pytest
 
 pytest.importorskip("triton")
-FILES = ("zo_linear",)
+FILES = ("dequantize", "zo_dense_linear")
 
 
 @pytest.mark.parametrize("stem", FILES)

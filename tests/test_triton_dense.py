@@ -1,4 +1,4 @@
-"""zo_dense_linear and dequantize in Triton's interpreter: half of what test_triton.py would take, in a file of its own."""
+"""zo_dense_linear and dequantize in Triton's interpreter: half of what test_triton.py would take otherwise."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from . import reference
 from .cpu_ops import Cpu
 from .cuda_ops import Cuda
 from .triton_ops import Panel, Triton
+from .triton_ops.host import arch_of as arch_of
 
 
 class Problem(NamedTuple):
@@ -41,17 +42,7 @@ class Problem(NamedTuple):
     noise: str = "none"
     features: tuple[str, ...] = ()
     arch: str = ""  # of a "cuda" device: "sm_90", "gfx942"; "" elsewhere, or where torch sees no such device
-
-
-@functools.cache
-def arch_of(device: torch.device) -> str:
-    """`Problem.arch` of a device: what its kernels are compiled for."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return ""
-    if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    tf32: bool = False  # x . W^T of an fp32 x on "cuda" in tf32, since torch is set to that; never anything with noise
 
 
 class Implementation(Protocol):
@@ -92,9 +83,28 @@ class Reference:
 # Of equal costs the first wins.
 IMPLEMENTATIONS: tuple[Implementation, ...] = (Cuda(), Triton(), Panel(), Cpu(), Reference())
 
-# (flop/s, bytes/s) that turn a modelled cost into seconds: one core of the machine in benchmarks/results, and the half
-# precision and memory speed of an A100's data sheet. Only ratios between implementations on one device matter.
-ROOF = {"cpu": (1.2e11, 1.2e10), "cuda": (3.1e14, 2.0e12)}
+
+class Roof(NamedTuple):
+    """What a device can reach: dense products with fp32 sums, by the type of their operands, and memory."""
+
+    half: float  # flop/s of bf16 and fp16
+    tf32: float
+    fp32: float
+    memory: float  # bytes/s
+
+
+# They turn a modelled cost into seconds; only ratios between implementations on one device matter. "cpu": one core of
+# the machine in benchmarks/results. GPUs: data sheets and architecture white papers of NVIDIA and AMD, no sparsity.
+ROOF = {
+    "cpu": Roof(1.2e11, 1.2e11, 1.2e11, 1.2e10),
+    "sm_80": Roof(312e12, 156e12, 19.5e12, 2.04e12),  # A100 80 GB SXM
+    "sm_86": Roof(125e12, 62.5e12, 31.2e12, 0.60e12),  # A10
+    "sm_89": Roof(165e12, 82.6e12, 82.6e12, 1.01e12),  # RTX 4090; L40S: 362, 183, 91.6 and 0.86
+    "sm_90": Roof(989e12, 495e12, 67e12, 3.35e12),  # H100 SXM
+    "sm_100": Roof(2250e12, 1125e12, 75e12, 8.0e12),  # B200
+    "sm_120": Roof(209e12, 105e12, 105e12, 1.79e12),  # RTX 5090
+    "gfx942": Roof(1307e12, 654e12, 163e12, 5.3e12),  # MI300X
+}
 
 # (name, op): which implementation runs an op, or with op "" every op.
 _forced: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar("zoact_forced", default=None)
@@ -122,10 +132,16 @@ def using(name: str, isa: str | None = None, op: str = "") -> Iterator[None]:
         _forced.reset(token)
 
 
+def roof(problem: Problem) -> Roof:
+    """That of the problem's device; of a GPU that stands nowhere in ROOF, an A100's."""
+    return ROOF.get(problem.arch or problem.device, ROOF["sm_80" if problem.device == "cuda" else "cpu"])
+
+
 def _seconds(implementation: Implementation, problem: Problem) -> float:
     flops, moved = implementation.cost(problem)
-    peak, bandwidth = ROOF.get(problem.device, ROOF["cpu"])
-    return max(flops / peak, moved / bandwidth)
+    device = roof(problem)
+    peak = device.tf32 if problem.tf32 else device.fp32 if problem.dtype == torch.float32 else device.half
+    return max(flops / peak, moved / device.memory)
 
 
 @functools.lru_cache(maxsize=8192)
@@ -160,21 +176,31 @@ def choose(problem: Problem, forced: str | None = None, batch_invariant: bool = 
 
 
 class Explanation(NamedTuple):
-    """Why an op runs where it does: the chosen name, who declined and why, modelled seconds of the others."""
+    """Why an op runs where it does: the chosen name, who declined and why, modelled seconds of the others.
+
+    `products`: the type in which x . W^T is multiplied, "float32 as tf32" where torch is set to that.
+    """
 
     chosen: str
     refusals: dict[str, str]
     seconds: dict[str, float]
+    products: str = ""
 
 
 def explain(problem: Problem) -> Explanation:
     refusals = {i.name: r for i in IMPLEMENTATIONS if (r := i.refusal(problem)) is not None}
     seconds = {i.name: _seconds(i, problem) for i in IMPLEMENTATIONS if i.name not in refusals}
-    return Explanation(implementation(problem).name, refusals, seconds)
+    return Explanation(implementation(problem).name, refusals, seconds, _products(problem))
+
+
+def _products(p: Problem) -> str:
+    return str(p.dtype).removeprefix("torch.") + " as tf32" * p.tf32
 
 
 def _brief(p: Problem) -> str:
-    return f"(M={p.M} N={p.N} K={p.K} {p.format} {p.layout} rank={p.rank} groups={p.groups} {p.dtype} on {p.device})"
+    return (
+        f"(M={p.M} N={p.N} K={p.K} {p.format} {p.layout} rank={p.rank} groups={p.groups} {_products(p)} on {p.device})"
+    )
 
 
 def implementation(problem: Problem):  # no type: its op functions are those of the schema

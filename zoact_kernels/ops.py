@@ -18,6 +18,7 @@ from torch import Tensor
 from . import reference
 from .dispatch import Explanation, Problem, arch_of, choose, explain, implementation, using
 from .formats import FORMATS, LAYOUTS, expected_shapes
+from .triton_ops.host import tf32
 
 __all__ = ["Explanation", "Problem", "choose", "explain", "using"]
 
@@ -203,6 +204,7 @@ def linear_problem(
         noise if S else "none",
         tuple(features),
         arch_of(device),
+        tf32(x),
     )
 
 
@@ -355,6 +357,7 @@ def dense_problem(x, weight, scale, offset, nested, bias, seeds, sigmas, param_i
         noise=noise if S else "none",
         features=tuple(features),
         arch=arch_of(device),
+        tf32=tf32(x),
     )
 
 

@@ -62,7 +62,7 @@ def test_zo_linear_splits_give_the_same_bits(weight: str, monkeypatch: pytest.Mo
     """The partial sums written and read again are those that stay in registers."""
     arguments = row_example(5, 40, 1300, weight, S=1)
     beside = run(**arguments)
-    tile = tiles.linear_tile(torch.float32, 5)
+    tile = tiles.linear_tile(tiles.Shape("", "float32", "int4", 5, 40, 1300))
     rows = torch.cat([arguments["x"], torch.zeros(tile.BM, 1300)])  # more than a tile: the splits follow one another
     monkeypatch.setattr(tiles, "linear_tile", lambda *_: tile)
     assert torch.equal(run(**arguments | dict(x=rows))[:5], beside)

@@ -127,7 +127,7 @@ def loop_length(code: dict[str, Any]) -> int:
 
 def tile_of(M: int, N: int, K: int, card: Card) -> tiles.Tile:
     """The tile of an int4 product with bf16 x."""
-    return tiles.linear_tile(torch.bfloat16, M)
+    return tiles.linear_tile(tiles.Shape(card.target, "bfloat16", "int4", M, N, K))
 
 
 def weight_bytes(N: int, K: int) -> float:

@@ -13,6 +13,7 @@ import itertools
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,6 +73,9 @@ class Host(cuda_ops.Gpu):
             assert (given.shape, given.dtype) == (shape, dtype)
             return given
         return torch.full(shape, float("nan"), dtype=dtype)
+
+    def scratch(self, device: torch.device) -> Any:
+        return SimpleNamespace(take=lambda *shape, dtype=torch.float32: torch.full(shape, float("nan"), dtype=dtype))
 
     def call(self, name: str, problem: cuda_ops.Struct) -> None:
         tensors = {field: t for field, t in problem.tensors.items() if t.numel()}

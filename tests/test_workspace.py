@@ -15,8 +15,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def no_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(workspace, "_captured", [])
+def no_blocks() -> Iterator[None]:
     workspace.release()
     yield
     workspace.release()
@@ -81,23 +80,23 @@ def test_streams_and_threads_have_blocks_of_their_own(monkeypatch: pytest.Monkey
     assert len({block_of(t) for t in (here, beside, other[0])}) == 3
 
 
-def test_a_capture_takes_from_the_block_or_from_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_never_shares_the_block_of_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     block = block_of(Scratch(CPU).take(1000))
     capture(monkeypatch, True)
-    scratch = Scratch(CPU)
-    assert block_of(scratch.take(500)) == block
-    assert block_of(scratch.take(100_000)) != block
-    assert block_of(scratch.take(10)) == block, "what did not fit has moved the block"
+    assert block_of(Scratch(CPU).take(10)) != block
     capture(monkeypatch, False)
-    assert block_of(Scratch(CPU).take(1000)) == block, "a capture has grown the block"
+    assert block_of(Scratch(CPU).take(1000)) == block
 
 
-def test_a_block_that_a_graph_has_seen_is_not_freed(monkeypatch: pytest.MonkeyPatch) -> None:
-    block = block_of(Scratch(CPU).take(1000))
-    capture(monkeypatch, True)
-    for _ in range(2):
-        Scratch(CPU).take(1000)
-    capture(monkeypatch, False)
-    Scratch(CPU).take(100_000)  # another block now
-    workspace.release()
-    assert [block_of(kept) for kept in workspace._captured] == [block]
+def test_a_capture_takes_from_the_workspace_of_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, shared = workspace.Workspace(), block_of(Scratch(CPU).take(1000))
+    with workspace.using(own):
+        block = block_of(Scratch(CPU).take(1000))  # warm-up
+        capture(monkeypatch, True)
+        scratch = Scratch(CPU)
+        assert block_of(scratch.take(500)) == block != shared
+        assert block_of(scratch.take(100_000)) != block
+        assert block_of(scratch.take(10)) == block, "what did not fit has moved the block"
+        capture(monkeypatch, False)
+    assert block_of(Scratch(CPU).take(1000)) == shared, "a later call writes where the graph does"
+    assert [block_of(kept) for kept in own.blocks.values()] == [block], "a capture has grown the block"

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import native
 from .layouts import ceil_div
+from .workspace import Scratch
 
 if TYPE_CHECKING:
     from .dispatch import Problem
@@ -216,13 +217,12 @@ class Gpu:
         return torch.cuda.is_current_stream_capturing()
 
     def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Results, padded copies of x and workspaces: torch's allocator, whoever asks.
-
-        A workspace per (device, stream) of our own would save some 2 us a call and be wrong under CUDA graphs: a graph
-        is captured on a stream that has none yet, reads it where growing has freed it, and shares it with the next
-        graph, replayed beside it. torch hands a block to the next one on its stream only, and to a graph from its pool.
-        """
+        """A result."""
         return torch.empty(shape, dtype=dtype, device=device)
+
+    def scratch(self, device: torch.device) -> Scratch:
+        """Padded copies of x and workspaces of one call."""
+        return Scratch(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ class Cuda:
         problem.stream = self.gpu.stream(device)
         self.gpu.call(name, problem)
 
-    def _rows(self, x: Tensor) -> Tensor:
+    def _rows(self, x: Tensor, scratch: Scratch) -> Tensor:
         """x [..., K] as [M, K], rows on 16 bytes: a copy, padded, only where strides or address leave no other way."""
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         M, K = rows.shape
@@ -324,7 +324,7 @@ class Cuda:
             and _is_aligned(rows)
         ):
             return rows
-        padded = self.gpu.empty(M, ceil_div(K, step) * step, dtype=x.dtype, device=x.device)[:, :K]
+        padded = scratch.take(M, ceil_div(K, step) * step, dtype=x.dtype)[:, :K]
         return padded.copy_(rows)
 
     def _product(self, kind: type[Struct], x, weight, scale, offset, nested, bias, seeds, sigmas, param_id, format,
@@ -335,7 +335,8 @@ class Cuda:
             y = self.gpu.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
             if y.numel() == 0:
                 return y
-            rows = self._rows(x)
+            scratch = self.gpu.scratch(x.device)
+            rows = self._rows(x, scratch)
             M, K = rows.shape
             if weight is not None and not _is_aligned(weight):
                 weight = weight.clone()
@@ -353,7 +354,7 @@ class Cuda:
             )  # fmt: skip
             size = getattr(self.gpu.library(), f"{name}_workspace")
             size.restype = ctypes.c_int64
-            workspace = self.gpu.empty(size(ctypes.byref(problem)), dtype=torch.float32, device=x.device)
+            workspace = scratch.take(size(ctypes.byref(problem)))
             problem.point("workspace", workspace)
             self._launch(name, problem, x.device)
         return y

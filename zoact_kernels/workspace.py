@@ -2,25 +2,52 @@
 
 A call takes what it needs from the start of the block, so the next call on the stream writes over it: stream order has
 had it read by then. Another stream or thread has a block of its own. A block grows to what calls ask for and stays, so
-calls allocate nothing but their result, inside a captured CUDA graph too. There nothing grows: what does not fit comes
-from the graph's own memory; all fits after a warm-up on the stream that captures (`torch.cuda.graph(g, stream=s)`).
+calls allocate nothing but their result.
 
-A graph keeps the addresses that it was captured with. A block that one has seen is never freed, and whoever replays a
-graph beside other work on the stream that captured it lets two calls write to one block.
+A captured CUDA graph keeps the addresses that it was captured with and may be replayed beside anything, so it never
+gets a block of its thread. `with using(Workspace())` around warm-up and capture gives it blocks that nobody else has:
+then a capture on the stream of the warm-up allocates nothing but results either, and the workspace has to live as long
+as the graph (StepGraph keeps one). Without it scratch comes from the graph's own memory pool.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
 import threading
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 ALIGN = 256  # bytes: what torch's allocator gives
-_blocks = threading.local()
-_captured: list[Tensor] = []  # blocks whose addresses stand in a graph
+
+
+class Workspace:
+    """Blocks of scratch memory, by (device, stream)."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[tuple[torch.device, int], Tensor] = {}
+
+
+class _Threads(threading.local):
+    def __init__(self) -> None:
+        self.workspace = Workspace()
+
+
+_threads = _Threads()
+_owned: contextvars.ContextVar[Workspace | None] = contextvars.ContextVar("zoact_workspace", default=None)
+
+
+@contextlib.contextmanager
+def using(workspace: Workspace) -> Iterator[None]:
+    """Calls inside the block take their scratch memory from `workspace`."""
+    token = _owned.set(workspace)
+    try:
+        yield
+    finally:
+        _owned.reset(token)
 
 
 def _stream(device: torch.device) -> int:
@@ -35,28 +62,29 @@ class Scratch:
     """The scratch memory of one call on the current stream of `device`; whoever makes another one ends this."""
 
     def __init__(self, device: torch.device) -> None:
+        owned = _owned.get()
         self.device, self.used = device, 0
-        self.blocks: dict[Any, Tensor] = _blocks.__dict__
+        self.blocks = (owned or _threads.workspace).blocks
         self.key = device, _stream(device)
+        self.capturing = _capturing(device)
+        self.shared = owned is None
 
     def take(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A contiguous tensor with anything in it, apart from what this call took before."""
         size = math.prod(shape) * dtype.itemsize
         end = self.used + -(-size // ALIGN) * ALIGN
         block = self.blocks.get(self.key)
+        if self.capturing and (self.shared or block is None or end > block.numel()):
+            return torch.empty(shape, dtype=dtype, device=self.device)
         if block is None or end > block.numel():
-            if _capturing(self.device):
-                return torch.empty(shape, dtype=dtype, device=self.device)
             # Twice as much at least, so that growing ends. What was taken lives on in the old block until it is read.
             with torch.inference_mode(False):  # calls outside of that mode write to it too
                 block = torch.empty(1 << (end - 1).bit_length(), dtype=torch.uint8, device=self.device)
             self.blocks[self.key] = block
-        if _capturing(self.device) and not any(block is kept for kept in _captured):
-            _captured.append(block)
         start, self.used = self.used, end
         return block[start : start + size].view(dtype).view(shape)
 
 
 def release() -> None:
-    """Give back the blocks of this thread, but those that a captured graph writes to."""
-    _blocks.__dict__.clear()
+    """Give back the blocks of this thread."""
+    _threads.workspace.blocks.clear()

@@ -153,6 +153,8 @@ def linear_rule(s: Shape) -> Tile:
         return Tile(32, 16, 32, 4, 2) if s.bucket <= 16 else Tile(64, 32, 32, 4, 2)
     BK = 32 if s.format == "flat" or s.product == "tf32" else 64
     stages = 2 if s.arch.startswith("gfx") else 5 if s.bucket <= 16 and s.format in CODES else 3
+    if s.arch == "sm_120" and s.bucket == 32 and s.format in ("nf4", "fp4"):
+        stages = 2  # with 3 ptxas spills 16 bytes
     return Tile(64, min(s.bucket, 64), BK, 4, stages)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -110,23 +111,20 @@ def explain_shapes(arch: str, dtype: torch.dtype = torch.bfloat16) -> dict[Probl
 def pin(
     model: nn.Module, rows: int, groups: int, seeds: int, before: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The back end of a run: one implementation for all layers, its instruction set, versions, threads (JSON values).
+    """The back end of a run: its implementations, instruction set, versions, threads (JSON values).
 
-    The one that dispatch chooses (or `using` forces) for every layer, else the first that takes them all, those whose
-    rows are batch-invariant first (design law 2.4). `before`, an earlier answer, is repeated as far as it can be had.
-    Raises RuntimeError if no implementation takes every layer.
+    "implementation" is what `using` takes: the one that dispatch chooses for every layer; where that differs, all that
+    it chooses, those of most layers first, so that each layer keeps its own for the run whatever the number of rows
+    (design law 2.4). `before`, an earlier answer, is repeated as far as it can be had.
     """
     told = explain_layers(model, rows, groups, seeds)
-    able = [i for i in IMPLEMENTATIONS if not any(i.name in t.refusals for t in told.values())]
-    if not able:
-        raise RuntimeError("no implementation takes every layer of the model; `zoact explain` says why")
-    chosen = {t.chosen for t in told.values()}
-    able.sort(key=lambda i: (chosen != {i.name}, not i.batch_invariant))
-    name, isa = able[0].name, None
+    chosen = Counter(t.chosen for t in told.values())
+    name, isa = ",".join(who for who, _ in chosen.most_common()), None
     device = next(iter(zo_layers(model).values())).weight.device
-    if before is not None and before["implementation"] in {i.name for i in able}:
-        name = before["implementation"]
-    if name == "cpu":
+    earlier = before["implementation"].split(",") if before else []
+    if set(earlier) <= {i.name for i in IMPLEMENTATIONS} and all(set(earlier) & set(t.seconds) for t in told.values()):
+        name = ",".join(earlier)
+    if "cpu" in name.split(","):
         isa = Cpu.isa()
         if before is not None and before["isa"]:
             with contextlib.suppress(ValueError), using("cpu", isa=before["isa"]):

@@ -106,7 +106,7 @@ ROOF = {
     "gfx942": Roof(1307e12, 654e12, 163e12, 5.3e12),  # MI300X
 }
 
-# (name, op): which implementation runs an op, or with op "" every op.
+# (names, op): which implementations run an op, or with op "" every op.
 _forced: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar("zoact_forced", default=None)
 
 
@@ -114,13 +114,16 @@ _forced: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar
 def using(name: str, isa: str | None = None, op: str = "") -> Iterator[None]:
     """Run every op inside the block, or only `op`, by the implementation `name`; `isa` picks a CPU instruction set.
 
+    Of several names, "cuda,triton", the first that takes a problem runs it: which one that is depends on the layer,
+    never on the number of rows.
+
     Raises:
         ValueError: no such implementation or op, or this machine has no such instruction set.
     """
     names = [i.name for i in IMPLEMENTATIONS]
-    if name not in names:
+    if not set(name.split(",")) <= set(names):
         raise ValueError(f"`name` is {name!r}; implementations are {', '.join(names)}")
-    if isa is not None and name != "cpu":
+    if isa is not None and "cpu" not in name.split(","):
         raise ValueError(f"`isa` is {isa!r}, but only the implementation 'cpu' has instruction sets")
     if op and not hasattr(Reference, op):
         raise ValueError(f"`op` is {op!r}; it may be one of torch.ops.zoact, as in 'zo_linear'")
@@ -146,26 +149,27 @@ def _seconds(implementation: Implementation, problem: Problem) -> float:
 
 @functools.lru_cache(maxsize=8192)
 def choose(problem: Problem, forced: str | None = None, batch_invariant: bool = False) -> Implementation:
-    """The implementation that runs `problem`: the cheapest that does not decline; `forced` allows only one.
+    """The implementation that runs `problem`: the cheapest that does not decline, or the first of `forced`, names
+    with commas between, that does not.
 
     An implementation that has no such op at all (panel is zo_linear alone) leaves it to the others, forced or not.
 
     Raises:
-        RuntimeError: `forced` declines, or none is left when `batch_invariant` is asked for.
+        RuntimeError: all of `forced` decline, or none is left when `batch_invariant` is asked for.
     """
     reasons = {}
-    if not any(i.name == forced and hasattr(i, problem.op) for i in IMPLEMENTATIONS):
-        forced = None
+    named = {i.name: i for i in IMPLEMENTATIONS if hasattr(i, problem.op)}
+    wanted = [named[name] for name in (forced or "").split(",") if name in named]
     best: tuple[float, Implementation] | None = None
-    for implementation in IMPLEMENTATIONS:
-        if forced is not None and implementation.name != forced:
-            continue
+    for implementation in wanted or IMPLEMENTATIONS:
         reason = implementation.refusal(problem)
         if reason is None and batch_invariant and not implementation.batch_invariant:
             reason = "its rows depend on how many rows there are (batch_invariant is False)"
         if reason is not None:
             reasons[implementation.name] = reason
             continue
+        if wanted:
+            return implementation
         seconds = _seconds(implementation, problem)
         if best is None or seconds < best[0]:
             best = (seconds, implementation)

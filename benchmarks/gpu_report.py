@@ -136,13 +136,12 @@ def weight_bytes(N: int, K: int) -> float:
 
 def project(M: int, K: int, R: int, codes: dict[str, Any]) -> Launch:
     """h = x A in chunks of K, as triton_ops/zo_linear.py launches it."""
-    chunks = max(1, -(-K // tiles.CHUNK))
-    parts = chunks if M <= 64 else 1
+    parts, chunks = tiles.chunk_parts(M, K)
     BM, BR = 16 if M <= 16 else 32, tiles.rank_tile(R)
     programs = math.ceil(M / BM) * math.ceil(R / BR) * parts
     moved = HALF * M * K + 4.0 * K * R + 4.0 * parts * M * R
     return Launch(
-        "project", 2.0 * M * K * R, moved, programs, math.ceil(chunks / parts * tiles.CHUNK / 32), 0, 1,
+        "project", 2.0 * M * K * R, moved, programs, chunks * tiles.CHUNK // 32, 0, 1,
         codes["project_kernel"],
     )  # fmt: skip
 

@@ -51,6 +51,14 @@ def splits(N: int, K: int) -> tuple[int, int]:
     return -(-K // size) if K else 1, max(size, K_STEP)
 
 
+def chunk_parts(M: int, K: int) -> tuple[int, int]:
+    """(parts of h = x A that lie in memory, chunks of K summed in each): parts beside one another where rows alone, 32
+    a program, do not fill a device of some 130 multiprocessors. The order of the chunks is the same either way."""
+    chunks = max(1, -(-K // CHUNK))
+    parts = chunks if M <= 1024 else 1
+    return parts, chunks // parts
+
+
 class Shape(NamedTuple):
     """What the tile of a product may depend on."""
 

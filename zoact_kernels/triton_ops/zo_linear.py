@@ -200,13 +200,12 @@ def project_kernel(
 def project(rows: Tensor, basis: Tensor, groups: int, scratch: Scratch) -> tuple[Tensor, int]:
     """h = x A as parts [parts, M, R] that still have to be summed, and their number."""
     (M, K), R = rows.shape, basis.shape[-1]
-    chunks = max(1, -(-K // tiles.CHUNK))
-    parts = chunks if M <= 64 else 1  # beside one another where rows alone do not fill the device
+    parts, chunks = tiles.chunk_parts(M, K)
     BM, BK, BR = 16 if M <= 16 else 32, 32, tiles.rank_tile(R)
     h = scratch.take(parts, M, R)
     if R:
         project_kernel[(triton.cdiv(M, BM), triton.cdiv(R, BR), parts)](
-            h, rows, basis, M, K, R, rows.stride(0), M // groups, chunks // parts, tiles.CHUNK,
+            h, rows, basis, M, K, R, rows.stride(0), M // groups, chunks, tiles.CHUNK,
             basis.dim() == 3, K % BK == 0, BM, BK, BR,
             **host.options(rows.device, 4, 2),
         )  # fmt: skip

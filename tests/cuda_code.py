@@ -153,8 +153,8 @@ def shared_memory(lane: Lane) -> dict[str, int]:
                 w = torch.zeros(16, 32 if stored == torch.uint8 else 64, dtype=stored)
                 scale = None if group_size is None else torch.zeros(16, 1)
                 lane.zo_linear(
-                    x, w, scale, scale if "true" in arguments else None, format=format, group_size=group_size or -1,
-                    out_features=16,
+                    x=x, weight=w, scale=scale, offset=scale if "true" in arguments else None, format=format,
+                    group_size=group_size or -1, out_features=16,
                 )  # fmt: skip
                 (found[f"product_kernel<{T}, {arguments}, {tiles}>"],) = lane.launches()
             for noise in ("normal", "rademacher"):

@@ -32,12 +32,12 @@ from .integrations.peft import export_lora, import_lora
 from .integrations.transformers import load_model
 from .layers import zo_layers
 from .losses import Batch, group_losses
-from .methods import ZOAct
 from .plots import draw_curve
 from .rng import seed_for
 from .runlog import EvalRow, RunLog, update_hash, write_whole, writing
 from .swap import ZOConfig
 from .trainer import Recipe, Result, Watch, base_hash, train
+from .zeroth_order import ZeroOrder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -301,7 +301,7 @@ class Costs:
     rows: int
 
 
-def compare_costs(optimizer: ZOAct, batch: Batch, repeats: int = 9) -> Costs:
+def compare_costs(optimizer: ZeroOrder, batch: Batch, repeats: int = 9) -> Costs:
     """Measure both on `batch`; the optimizer's state is put back afterwards.
 
     The plain forward is the same model without its side path (what rank 0 runs), the same G copies of the batch through

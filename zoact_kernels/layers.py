@@ -8,7 +8,9 @@ Only C is trained. Outside `perturbed(...)` the sum is absent and the layer is a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +62,24 @@ class Perturbation:
             self.sigmas = sigmas.clone()
         self.groups, self.noise, self.leading = sigmas.shape[0], noise, leading
 
+    def sigmas_of(self, name: str, x: Tensor, row_group: int | None = None) -> Tensor:
+        """Sigmas [groups, S] of the row groups in x, whose leading size they divide; of `row_group` alone where given.
+
+        Raises ValueError, with the name of the layer, where the model has regrouped rows (design law 2.10).
+        """
+        if row_group is not None:
+            return self.sigmas[row_group : row_group + 1]
+        if x.shape[0] % self.groups or (self.leading and x.shape[0] not in self.leading):
+            allowed = " or ".join(map(str, self.leading)) if self.leading else f"a multiple of {self.groups}"
+            raise ValueError(
+                f"layer {name!r} got x of shape {tuple(x.shape)}, but with {self.groups} row groups its leading size "
+                f"has to be {allowed}: the model regroups rows here; leave the layer out of the swap or pass row_group"
+            )
+        return self.sigmas
+
+
+Probe = Callable[["ZOLinear", Tensor, Tensor], Tensor]  # (layer, x, sigmas of the row groups in x) -> y
+
 
 def best_layout(device: torch.device) -> str:
     """The layout in which the fastest implementation for `device` wants a weight to be stored."""
@@ -106,6 +126,7 @@ class ZOLinear(nn.Module):
         self.origin = "linear"  # what `unswap` makes of it again: "linear", "conv1d" or "linear4bit"
         self.dense_dtype = torch.float32  # of the weight that `unswap` restores
         self.perturbation = perturbation or Perturbation()
+        self.probe: Probe | None = None  # how a method other than by C perturbs this layer
         device = packed.weight.device
         self.register_buffer("weight", packed.weight)
         self.register_buffer("scale", packed.scale)
@@ -179,16 +200,13 @@ class ZOLinear(nn.Module):
         seeds = sigmas = None
         groups = 1
         p = self.perturbation
-        if p.active and self.coeff is not None:
-            seeds, sigmas = p.seeds, p.sigmas
-            if row_group is None:
-                groups = p.groups
-                if x.shape[0] % groups or (p.leading and x.shape[0] not in p.leading):
-                    self._regrouped(x)
-            else:
-                sigmas = sigmas[row_group : row_group + 1]
+        if p.active and (self.coeff is not None or self.probe is not None):
+            seeds, sigmas = p.seeds, p.sigmas_of(self.name, x, row_group)
+            groups = sigmas.shape[0]
             if self.sigma_scale is not None:
                 sigmas = sigmas * self.sigma_scale
+            if self.probe is not None:
+                return self.probe(self, x, sigmas)
             if self.basis is None:
                 raise RuntimeError(f"layer {self.name!r} has no basis yet; call compute_basis or set_basis first")
         side = self.coeff is not None and self.basis is not None
@@ -214,14 +232,6 @@ class ZOLinear(nn.Module):
             self.out_features,
             p.noise,
             groups,
-        )
-
-    def _regrouped(self, x: Tensor) -> None:
-        p = self.perturbation
-        allowed = " or ".join(map(str, p.leading)) if p.leading else f"a multiple of {p.groups}"
-        raise ValueError(
-            f"layer {self.name!r} got x of shape {tuple(x.shape)}, but with {p.groups} row groups its leading size has "
-            f"to be {allowed}: the model regroups rows here; leave the layer out of the swap or pass row_group"
         )
 
     def packed(self) -> PackedWeight:
@@ -346,11 +356,15 @@ def perturbation_of(model: nn.Module) -> Perturbation:
     Raises:
         ValueError: the model has no ZOLinear, or its layers come from different models.
     """
-    found = {id(layer.perturbation): layer.perturbation for layer in zo_layers(model).values()}
+    found = {id(module.perturbation): module.perturbation for module in _perturbable(model)}
     if len(found) != 1:
         what = "no ZOLinear layer: swap it first" if not found else "layers of several swapped models"
         raise ValueError(f"`model` has {what}")
     return next(iter(found.values()))
+
+
+def _perturbable(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(getattr(m, "perturbation", None), Perturbation)]
 
 
 @contextlib.contextmanager
@@ -370,7 +384,8 @@ def perturbed(
     handle = perturbation_of(model)
     if handle.active:
         raise RuntimeError("`model` is perturbed already; `perturbed` blocks do not nest")
-    device = next(iter(zo_layers(model).values())).weight.device
+    first = _perturbable(model)[0]
+    device = next(itertools.chain(first.buffers(), first.parameters())).device
     for name, tensor in (("seeds", seeds), ("sigmas", sigmas)):
         if tensor.device != device:
             raise ValueError(f"`{name}` is on {tensor.device}; the model is on {device}: move it there")

@@ -30,7 +30,7 @@ from .basis import compute_basis
 from .dispatch import using
 from .layers import ZOLinear, zo_layers
 from .losses import Batch, evaluate, group_losses
-from .methods import StepResult, ZOAct
+from .methods import StepResult, ZeroOrder, ZOAct
 from .plots import Metrics
 from .runlog import EvalRow, RunError, RunLog, StepRow, hash_tensors, update_hash
 
@@ -80,7 +80,7 @@ class Recipe:
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it has to be at least {least}")
 
-    def create(self, model: nn.Module) -> ZOAct:
+    def create(self, model: nn.Module) -> ZeroOrder:
         """The optimizer of this recipe. Raises ValueError for values out of range."""
         return ZOAct(
             model,
@@ -114,7 +114,7 @@ class Result:
     done: int
     stopped_by: int
     peak_bytes: int | None
-    optimizer: ZOAct
+    optimizer: ZeroOrder
 
 
 def train(
@@ -179,7 +179,7 @@ class _Run:
         model: nn.Module,
         recipe: Recipe,
         log: RunLog,
-        optimizer: ZOAct,
+        optimizer: ZeroOrder,
         batch_at: Callable[[int], Batch],
         held_out: Callable[[], Iterable[Batch]] | None,
         watch: Watch,
@@ -309,7 +309,7 @@ def base_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def coeff_hash(optimizer: ZOAct) -> str:
+def coeff_hash(optimizer: ZeroOrder) -> str:
     """sha256 of C of all trained layers."""
     return hash_tensors(optimizer.rule.coeffs)
 
@@ -333,7 +333,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:12] + "..."
 
 
-def _check_room(directory: Path, optimizer: ZOAct, recipe: Recipe) -> None:
+def _check_room(directory: Path, optimizer: ZeroOrder, recipe: Recipe) -> None:
     """Raises RunError if the disk can't hold the snapshots (first, two newest, one in the making), log and adapter."""
     state = sum(t.numel() * t.element_size() for t in optimizer.state_dict().values())
     row = 8 * (recipe.batch_size * optimizer.groups + 2 * recipe.queries) + 200
@@ -347,7 +347,7 @@ def _check_room(directory: Path, optimizer: ZOAct, recipe: Recipe) -> None:
 
 def _begin(
     model: nn.Module, recipe: Recipe, batch_at: Callable[[int], Batch], watch: Watch
-) -> tuple[ZOAct, dict[str, Any]]:
+) -> tuple[ZeroOrder, dict[str, Any]]:
     """The optimizer of a new run, the basis computed unless one was imported, and what the log has to know of it."""
     recipe.create(model)  # only for its errors, before minutes are spent on a basis
     energies: list[list[Any]] = []
@@ -370,17 +370,7 @@ def _begin(
             )
         energies = [[row.name, row.energy, row.energy_without_first] for row in report.layers]
     optimizer = recipe.create(model)
-    anatomy = [
-        {
-            "name": name,
-            "param_id": int(layer.param_id),
-            "out_features": layer.out_features,
-            "in_features": layer.in_features,
-            "rank": layer.rank,
-            "origin": layer.origin,
-        }
-        for name, layer in optimizer.layers.items()
-    ]
+    anatomy = [trainable.anatomy() for trainable in optimizer.trainables.values()]
     causal_lm = hasattr(model, "lm_head")  # for the adapter's task type
     return optimizer, {"layers": anatomy, "energies": energies, "causal_lm": causal_lm}
 
@@ -399,13 +389,13 @@ def _head_on_last_token(model: Any) -> Iterator[None]:
         handle.remove()
 
 
-def _snapshot(log: RunLog, optimizer: ZOAct) -> None:
+def _snapshot(log: RunLog, optimizer: ZeroOrder) -> None:
     """Record the state after the steps done, unless that is recorded already."""
     if not any(row.step == log.done for row in log.snapshots()):
         log.add_snapshot(optimizer.state_dict(), coeff_hash(optimizer))
 
 
-def restore(model: nn.Module, log: RunLog, recipe: Recipe, watch: Watch) -> ZOAct:
+def restore(model: nn.Module, log: RunLog, recipe: Recipe, watch: Watch) -> ZeroOrder:
     """The optimizer as it stood after the last logged step: the newest whole snapshot, and the rows after it.
 
     Raises RunError: no snapshot can be read; ValueError: the model's layers are not those of the run.
@@ -424,16 +414,9 @@ def restore(model: nn.Module, log: RunLog, recipe: Recipe, watch: Watch) -> ZOAc
     raise RunError(f"no snapshot of {log.directory} can be read, so the run can't be continued")
 
 
-def load_state(model: nn.Module, log: RunLog, recipe: Recipe, state: Mapping[str, Tensor]) -> ZOAct:
+def load_state(model: nn.Module, log: RunLog, recipe: Recipe, state: Mapping[str, Tensor]) -> ZeroOrder:
     """An optimizer over the layers that the run trains, with the A, C and moments of a snapshot."""
-    layers, trained = zo_layers(model), [entry["name"] for entry in log.meta["layers"]]
-    for name, layer in layers.items():
-        if layer.rank and name not in trained:
-            layer.rank, layer.coeff, layer.basis = 0, None, None
-    device = next(iter(layers.values())).param_id.device
-    bases = {key: a.to(device) for key, a in state.items() if key.startswith("basis/")}  # layers share them
-    for name, index in zip(trained, state["basis_of"].tolist(), strict=True):
-        layers[name].set_basis(bases[f"basis/{index}"], state[f"coeff/{name}"].to(device))
+    ZOAct.adopt(model, [entry["name"] for entry in log.meta["layers"]], state)
     optimizer = recipe.create(model)
     optimizer.load_state_dict(state)
     return optimizer

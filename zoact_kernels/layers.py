@@ -78,7 +78,22 @@ class Perturbation:
         return self.sigmas
 
 
-Probe = Callable[["ZOLinear", Tensor, Tensor], Tensor]  # (layer, x, sigmas of the row groups in x) -> y
+# (layer, x, sigmas of the row groups in x, bias to add) -> y
+Probe = Callable[["ZOLinear", Tensor, Tensor, "Tensor | None"], Tensor]
+
+
+def group_values(value: Tensor, p: Perturbation, sigmas: Tensor, param_id: Tensor) -> Tensor:
+    """value + sum_s sigmas[g, s] Z_s of every row group g, fp32 [groups, *value.shape]: a copy each, so for vectors."""
+    moved = value.detach().float().expand(sigmas.shape[0], *value.shape).clone(memory_format=torch.contiguous_format)
+    for row, own in zip(moved, sigmas, strict=True):
+        torch.ops.zoact.zo_perturb_(row.view(1, -1), p.seeds, own, param_id, noise=p.noise)
+    return moved
+
+
+def add_per_group(y: Tensor, values: Tensor) -> Tensor:
+    """y [groups * m, ..., n] plus values [groups, n], each to its own rows."""
+    groups, n = values.shape
+    return (y.reshape(groups, -1, n) + values[:, None]).to(y.dtype).view(y.shape)
 
 
 def best_layout(device: torch.device) -> str:
@@ -126,7 +141,8 @@ class ZOLinear(nn.Module):
         self.origin = "linear"  # what `unswap` makes of it again: "linear", "conv1d" or "linear4bit"
         self.dense_dtype = torch.float32  # of the weight that `unswap` restores
         self.perturbation = perturbation or Perturbation()
-        self.probe: Probe | None = None  # how a method other than by C perturbs this layer
+        self.probe: Probe | None = None  # how a method perturbs the weight, if not by C
+        self.bias_id: Tensor | None = None  # int64 [1], of the bias' noise, if a method moves that too
         device = packed.weight.device
         self.register_buffer("weight", packed.weight)
         self.register_buffer("scale", packed.scale)
@@ -197,6 +213,13 @@ class ZOLinear(nn.Module):
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"`x` has shape {tuple(x.shape)}; layer {self.name!r} has in_features={self.in_features}")
+        p = self.perturbation
+        if p.active and self.bias_id is not None and self.bias is not None:
+            own = p.sigmas_of(self.name, x, row_group)
+            return add_per_group(self._forward(x, row_group, None), group_values(self.bias, p, own, self.bias_id))
+        return self._forward(x, row_group, self.bias)
+
+    def _forward(self, x: Tensor, row_group: int | None, bias: Tensor | None) -> Tensor:
         seeds = sigmas = None
         groups = 1
         p = self.perturbation
@@ -206,7 +229,7 @@ class ZOLinear(nn.Module):
             if self.sigma_scale is not None:
                 sigmas = sigmas * self.sigma_scale
             if self.probe is not None:
-                return self.probe(self, x, sigmas)
+                return self.probe(self, x, sigmas, bias)
             if self.basis is None:
                 raise RuntimeError(f"layer {self.name!r} has no basis yet; call compute_basis or set_basis first")
         side = self.coeff is not None and self.basis is not None
@@ -216,7 +239,7 @@ class ZOLinear(nn.Module):
             self.scale,
             self.offset,
             self.nested,
-            self.bias,
+            bias,
             self.base_basis,
             self.base_coeff,
             self.basis if side else None,
@@ -361,6 +384,24 @@ def perturbation_of(model: nn.Module) -> Perturbation:
         what = "no ZOLinear layer: swap it first" if not found else "layers of several swapped models"
         raise ValueError(f"`model` has {what}")
     return next(iter(found.values()))
+
+
+def release(model: nn.Module) -> Perturbation:
+    """No method perturbs anything but C of `model` any more; the handle of its layers, a new one where it has none."""
+    for module in model.modules():
+        if isinstance(module, ZOLinear):
+            module.probe = module.bias_id = None
+        elif isinstance(module, Released):
+            module.release()
+    found = _perturbable(model)
+    return perturbation_of(model) if found else Perturbation()
+
+
+class Released:
+    """Mixed into the modules of `parameters`, which a method perturbs: back to what they were."""
+
+    def release(self) -> None:
+        raise NotImplementedError
 
 
 def _perturbable(model: nn.Module) -> list[Any]:

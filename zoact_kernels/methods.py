@@ -1,6 +1,7 @@
 """The published methods, each a short class over the general step: its formulas, its defaults, what it trains.
 
     zo-act   C of every layer, right basis from activations, once                       arXiv 2607.01125
+    mezo     every parameter, dense normal noise, SGD                                   arXiv 2305.17333
 
 Defaults are the published ones where there are any; they stand in the signature of `__init__`, the rest is ZeroOrder's.
 """
@@ -12,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layers import ZOLinear, zo_layers
-from .trainables import Coefficients, Trainable, coefficients
+from .layers import Perturbation, ZOLinear, zo_layers
+from .trainables import Coefficients, Trainable, coefficients, weights
 from .zeroth_order import MODES, RECENT, Evaluation, LoggedStep, StepResult, ZeroOrder
 
 __all__ = ["METHODS", "MODES", "RECENT", "Evaluation", "LoggedStep", "StepResult", "ZOAct", "ZeroOrder", "create"]
@@ -34,7 +35,7 @@ class ZOAct(ZeroOrder):
         """The trained layers by name."""
         return {name: t.layer for name, t in self.trainables.items() if isinstance(t, Coefficients)}
 
-    def find(self, model: nn.Module) -> list[Trainable]:
+    def find(self, model: nn.Module, handle: Perturbation) -> list[Trainable]:
         return coefficients(model)
 
     @classmethod
@@ -59,7 +60,27 @@ class ZOActOneSided(ZOAct):
         super().__init__(model, sides=sides, **others)
 
 
-METHODS: dict[str, type[ZeroOrder]] = {method.name: method for method in (ZOAct, ZOActOneSided)}
+class MeZO(ZeroOrder):
+    """theta +- sigma z, z ~ N(0, I);  d = (f+ - f-) / (2 sigma);  theta <- theta - lr (d z + wd theta).
+
+    All parameters take part, norms, biases and embeddings too, a tied head once. Weights in 16 bits are rounded
+    stochastically.
+    """
+
+    name, paper = "mezo", "arXiv 2305.17333"
+    summary = "all weights along dense normal noise, by SGD"
+    dense = True
+
+    def __init__(
+        self, model: nn.Module, *, sigma: float = 1e-3, lr: float = 1e-6, optimizer: str = "sgd", **others: Any
+    ) -> None:
+        super().__init__(model, sigma=sigma, lr=lr, optimizer=optimizer, **others)
+
+    def find(self, model: nn.Module, handle: Perturbation) -> list[Trainable]:
+        return weights(model, handle)
+
+
+METHODS: dict[str, type[ZeroOrder]] = {method.name: method for method in (ZOAct, ZOActOneSided, MeZO)}
 
 
 def create(method: str, model: nn.Module, **changes: Any) -> ZeroOrder:

@@ -2,6 +2,7 @@
 
     kind           value [rows, cols] = shape of Z      row group g runs with
     Coefficients   C [N, R] of a ZOLinear with a basis  D(W) + (C + sum_s sigmas[g, s] Z_s) A^T
+    Weight         any parameter of a dense model       W + sum_s sigmas[g, s] Z_s
 
 A rule (optim) moves `value` along the same Z: probe and update address the noise by (seed, param_id, row, column), and
 both take it from one of these objects.
@@ -12,10 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import rng
-from .layers import ZOLinear, zo_layers
+from .embedding import PackedEmbedding
+from .layers import Perturbation, ZOLinear, zo_layers
+from .parameters import perturb
 
 
 class Trainable:
@@ -56,10 +60,9 @@ class Coefficients(Trainable):
         assert layer.coeff is not None
         self.name, self.layer, self.value, self.param_id = name, layer, layer.coeff, layer.param_id
         self.basis_shape = layer.in_features, layer.rank
-        layer.probe = None  # C is what a layer perturbs unless told otherwise
 
     @property
-    def basis(self) -> Tensor | None:  # type: ignore[override]
+    def basis(self) -> Tensor | None:
         return self.layer.basis
 
     @basis.setter
@@ -80,6 +83,96 @@ class Coefficients(Trainable):
             "rank": layer.rank,
             "origin": layer.origin,
         }
+
+
+class Weight(Trainable):
+    """A parameter itself: value is a view of it as [first size, rest], so the noise of an entry is at its flat address.
+
+    A vector [n] is [n, 1]. owner, key: the module that has it.
+    """
+
+    def __init__(self, name: str, owner: nn.Module, key: str, param_id: Tensor) -> None:
+        self.name, self.owner, self.key, self.param_id = name, owner, key, param_id
+        self.value = self._current().view(self._current().shape[0], -1)
+
+    def _current(self) -> Tensor:
+        tensor = getattr(self.owner, self.key)
+        assert isinstance(tensor, Tensor)
+        return tensor.detach()
+
+    def check(self) -> None:
+        if self._current().data_ptr() != self.value.data_ptr():
+            raise RuntimeError(f"{self.name} is another tensor since; create the optimizer after moving the model")
+
+    def anatomy(self) -> dict[str, Any]:
+        current = self._current()
+        return {
+            "name": self.name,
+            "param_id": int(self.param_id),
+            "shape": list(current.shape),
+            "dtype": str(current.dtype).removeprefix("torch."),
+        }
+
+
+def probe_dense(layer: ZOLinear, x: Tensor, sigmas: Tensor, bias: Tensor | None) -> Tensor:
+    """y_g = x_g (W + sum_s sigmas[g, s] Z_s)^T + bias."""
+    p = layer.perturbation
+    return torch.ops.zoact.zo_dense_linear(
+        x, layer.weight, layer.scale, layer.offset, layer.nested, bias, p.seeds, sigmas, layer.param_id, None, None,
+        None, layer.format, layer.layout, layer.group_size, layer.out_features, p.noise, groups=sigmas.shape[0],
+    )  # fmt: skip
+
+
+def weights(model: nn.Module, handle: Perturbation) -> list[Trainable]:
+    """Every parameter of a dense model, in module order, one that is tied once; `handle` is what perturbs them.
+
+    Raises ValueError for weights that are stored in few bits, and layers with coefficients of their own.
+    """
+    found: list[Trainable] = []
+    known: dict[int, Tensor] = {}  # of parameters seen: id -> param_id
+    layers = zo_layers(model)
+    taken = {int(layer.param_id) for layer in layers.values()}
+
+    def param_id(name: str, device: torch.device) -> Tensor:
+        number, tries = rng.param_id(name), 0
+        while number in taken:
+            tries += 1
+            number = rng.param_id(f"{name}~{tries}")
+        taken.add(number)
+        return torch.tensor([number], device=device)
+
+    for name, module in list(model.named_modules()):
+        prefix = rng.strip_prefixes(f"{name}.") if name else ""
+        if isinstance(module, PackedEmbedding) or (isinstance(module, ZOLinear) and module.format != "dense"):
+            raise ValueError(
+                f"{name} is {module.format}, frozen, and this method trains the weights themselves: take the dense "
+                "twin of the model (--dense, swap.dense_twin), or a method that trains something beside the weights"
+            )
+        if isinstance(module, ZOLinear):
+            if module.coeff is not None or module.base_coeff is not None:
+                raise ValueError(f"{name} has coefficients beside its weight; swap with rank=0, or merge them first")
+            if module.layout != "row":
+                row = module.packed().to_layout("row")
+                module.weight, module.layout = row.weight, "row"
+            module.probe = probe_dense
+            found.append(Weight(f"{prefix}weight", module, "weight", module.param_id))
+            if module.bias is not None:
+                module.bias_id = param_id(f"{prefix}bias", module.bias.device)
+                found.append(Weight(f"{prefix}bias", module, "bias", module.bias_id))
+            continue
+        ids = {}
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if not parameter.is_contiguous():
+                raise ValueError(f"{prefix}{key} is not contiguous; make it so before it is trained")
+            if id(parameter) not in known:
+                known[id(parameter)] = param_id(f"{prefix}{key}", parameter.device)
+                found.append(Weight(f"{prefix}{key}", module, key, known[id(parameter)]))
+            ids[key] = known[id(parameter)]
+        if ids:
+            perturb(module, name, ids, handle)
+    return found
 
 
 def coefficients(model: nn.Module) -> list[Trainable]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from . import estimators, ops, optim, rng
 from .activations import evaluating
-from .layers import perturbed
+from .layers import Perturbation, perturbed, release
 from .trainables import Trainable
 
 MODES = ("stacked", "sequential")
@@ -139,7 +139,7 @@ class ZeroOrder:
         self.mode, self.noise, self.seed, self.floor_every = mode, noise, seed, floor_every
         self.lr, self.schedule, self.steps, self.warmup = lr, schedule, steps, warmup
         self.iteration = 0  # steps taken, skipped ones included: the next step's number
-        self.trainables = {t.name: t for t in self.find(model)}
+        self.trainables = {t.name: t for t in self.find(model, release(model))}
         self.rule = optim.RULES[optimizer](
             {name: t.value for name, t in self.trainables.items()},
             torch.cat([t.param_id for t in self.trainables.values()]),
@@ -147,6 +147,7 @@ class ZeroOrder:
             eps=eps,
             weight_decay=weight_decay,
             noise=noise,
+            gains={name: t.gain for name, t in self.trainables.items()},
         )
         self.floor = float("nan")
         self._recent: deque[float] = deque(maxlen=RECENT)
@@ -160,8 +161,8 @@ class ZeroOrder:
         self._weights = torch.zeros(queries, dtype=torch.float32, device=device)
         self._one_seed, self._one_sigma = self._seeds[:1].clone(), self._sigmas[:1, :1].clone()
 
-    def find(self, model: nn.Module) -> list[Trainable]:
-        """The parameters that this method moves, set up so that `perturbed` moves them."""
+    def find(self, model: nn.Module, handle: Perturbation) -> list[Trainable]:
+        """The parameters that this method moves, set up so that `perturbed` (through `handle`) moves them."""
         raise NotImplementedError
 
     def refresh(self) -> None:

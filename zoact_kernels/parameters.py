@@ -1,0 +1,124 @@
+"""Ordinary modules whose own parameters a method perturbs: norms, biases, embeddings, linears that were not swapped.
+
+    ZOVector      any module      runs once per row group, with parameters p + sum_s sigmas[g, s] Z_s (copies)
+    ZOEmbedding   nn.Embedding    rows that are looked up get their rows of Z; the table is not copied
+    ZODense       nn.Linear       one zo_dense_linear over all row groups
+
+`perturb(module, ...)` mixes one of them into the module's class, as parametrisations of torch do: names, state_dict,
+attributes and whoever holds the module see no difference, and outside `perturbed(...)` the module's own forward runs.
+A parameter that several modules share (a tied head) has one param_id, hence one noise, in all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import rng
+from .layers import Perturbation, Released, add_per_group, group_values
+
+
+class _Perturbed(nn.Module, Released):
+    perturbation: Perturbation
+    zo_name: str
+    zo_ids: dict[str, Tensor]  # of the parameters that are perturbed: key -> param_id, int64 [1]
+
+    def release(self) -> None:
+        del self.perturbation, self.zo_name, self.zo_ids
+        self.__class__ = type(self).__bases__[1]  # (this mixin, what it was)
+
+
+class ZOVector(_Perturbed):
+    """Each row group runs with parameters of its own, in fp32 where they are stored in 16 bits.
+
+    A clean group runs so too: it has to differ from the others by nothing but the noise.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        p = self.perturbation
+        if not p.active:
+            return super().forward(x, *args, **kwargs)
+        if args or kwargs:
+            raise ValueError(f"{self.zo_name!r} is called with more than one argument, whose rows can't be told apart")
+        sigmas = p.sigmas_of(self.zo_name, x)
+        moved = {key: group_values(_own(self, key), p, sigmas, param_id) for key, param_id in self.zo_ids.items()}
+        usual = self._parameters
+        dtype = _own(self, next(iter(self.zo_ids))).dtype
+        fixed: dict[str, Any] = {key: None if v is None else v.detach().float() for key, v in usual.items()}
+        rows = x.float() if x.is_floating_point() and dtype.itemsize < 4 else x
+        parts = []
+        try:
+            for g, part in enumerate(rows.chunk(sigmas.shape[0])):
+                self._parameters = fixed | {key: values[g] for key, values in moved.items()}
+                parts.append(super().forward(part))
+        finally:
+            self._parameters = usual
+        return torch.cat(parts).to(dtype)
+
+
+class ZOEmbedding(_Perturbed):
+    """Row group g gets table[ids] + sum_s sigmas[g, s] Z_s[ids]: the same rows of noise that an update has."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        p, table = self.perturbation, super().forward(ids)
+        if not p.active:
+            return table
+        sigmas = p.sigmas_of(self.zo_name, ids)
+        groups, (_, width) = sigmas.shape[0], _own(self, "weight").shape
+        rows, where = ids.reshape(-1), None
+        if ids.device.type == "cpu":  # elsewhere it would wait for the device
+            rows, where = rows.unique(return_inverse=True)
+        moved = table.reshape(groups, -1, width).float()
+        for s, seed in enumerate(p.seeds):
+            z = rng.noise_of_rows(p.noise, seed, self.zo_ids["weight"], rows, width)
+            z = z if where is None else z[where]
+            moved = moved + sigmas[:, s, None, None] * z.view(groups, -1, width)
+        return moved.to(table.dtype).view(table.shape)
+
+
+class ZODense(_Perturbed):
+    """y_g = x_g (W + sum_s sigmas[g, s] Z_s)^T + b_g through one op."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.perturbation
+        if not p.active:
+            return super().forward(x)
+        sigmas, weight, bias = p.sigmas_of(self.zo_name, x), _own(self, "weight"), self._parameters["bias"]
+        noisy = "weight" in self.zo_ids
+        y = torch.ops.zoact.zo_dense_linear(
+            x, weight, None, None, None, None if "bias" in self.zo_ids else bias,
+            p.seeds if noisy else None, sigmas if noisy else None, self.zo_ids.get("weight"), None, None, None,
+            "dense", "row", -1, weight.shape[0], p.noise, groups=sigmas.shape[0],
+        )  # fmt: skip
+        if bias is None or "bias" not in self.zo_ids:
+            return y
+        return add_per_group(y, group_values(bias, p, sigmas, self.zo_ids["bias"]))
+
+
+def perturb(module: nn.Module, name: str, ids: dict[str, Tensor], perturbation: Perturbation) -> None:
+    """From now on `perturbed` moves the parameters `ids` (key -> param_id) of a module that was not perturbed before.
+
+    name: of the module, for messages. `layers.release` undoes it.
+    """
+    # A subclass with a forward of its own may do more than look up or multiply, so it runs as it is.
+    mixin = next((m for kind, m in MIXINS.items() if getattr(type(module), "forward", None) is kind.forward), ZOVector)
+    module.__class__ = _mixture(mixin, type(module))  # type: ignore[arg-type]  # mypy: classes do not hash
+    assert isinstance(module, _Perturbed)
+    module.perturbation, module.zo_name, module.zo_ids = perturbation, name, ids
+
+
+MIXINS: dict[type[nn.Module], type[_Perturbed]] = {nn.Embedding: ZOEmbedding, nn.Linear: ZODense}
+
+
+@functools.cache
+def _mixture(mixin: type[_Perturbed], kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"{mixin.__name__}({kind.__name__})", (mixin, kind), {"__module__": __name__})
+
+
+def _own(module: nn.Module, key: str) -> Tensor:
+    value = module._parameters[key]
+    assert value is not None
+    return value.detach()

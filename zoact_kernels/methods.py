@@ -8,6 +8,7 @@ Defaults are the published ones where there are any; they stand in the signature
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,18 @@ from .layers import Perturbation, ZOLinear, zo_layers
 from .trainables import Coefficients, Trainable, coefficients, weights
 from .zeroth_order import MODES, RECENT, Evaluation, LoggedStep, StepResult, ZeroOrder
 
-__all__ = ["METHODS", "MODES", "RECENT", "Evaluation", "LoggedStep", "StepResult", "ZOAct", "ZeroOrder", "create"]
+__all__ = [
+    "METHODS",
+    "MODES",
+    "RECENT",
+    "Evaluation",
+    "LoggedStep",
+    "StepResult",
+    "ZOAct",
+    "ZeroOrder",
+    "arguments",
+    "create",
+]
 
 
 class ZOAct(ZeroOrder):
@@ -83,8 +95,21 @@ class MeZO(ZeroOrder):
 METHODS: dict[str, type[ZeroOrder]] = {method.name: method for method in (ZOAct, ZOActOneSided, MeZO)}
 
 
-def create(method: str, model: nn.Module, **changes: Any) -> ZeroOrder:
-    """The optimizer of a named method; `changes` are further or other arguments of its class."""
+def arguments(method: str) -> dict[str, Any]:
+    """The arguments of a named method beside the model, with its defaults. Raises ValueError for an unknown one."""
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; known are {', '.join(METHODS)}")
+    found: dict[str, Any] = {}
+    for kind in reversed(METHODS[method].__mro__):
+        if "__init__" in vars(kind) and issubclass(kind, ZeroOrder):
+            parameters = inspect.signature(kind.__init__).parameters.values()
+            found |= {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return found
+
+
+def create(method: str, model: nn.Module, **changes: Any) -> ZeroOrder:
+    """The optimizer of a named method; `changes` are further or other arguments of its class."""
+    known = arguments(method)
+    for name in changes.keys() - known.keys():
+        raise ValueError(f"method {method} has no argument {name!r}; it has {', '.join(known)}")
     return METHODS[method](model, **changes)

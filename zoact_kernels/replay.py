@@ -11,6 +11,7 @@ from .formats import PackedWeight
 from .layers import Perturbation, ZOLinear
 from .runlog import RunError, RunLog
 from .trainer import Recipe, coeff_hash, load_state
+from .zeroth_order import ZeroOrder
 
 
 def skeleton(log: RunLog) -> nn.Module:
@@ -19,19 +20,28 @@ def skeleton(log: RunLog) -> nn.Module:
     if log.meta["causal_lm"]:
         root.lm_head = nn.Module()  # what tells a causal language model to those who look
     for entry in log.meta["layers"]:
+        if "shape" in entry:
+            owner, _, key = entry["name"].rpartition(".")
+            dtype = getattr(torch, entry["dtype"])
+            _reach(root, owner).register_parameter(key, nn.Parameter(torch.zeros(entry["shape"], dtype=dtype)))
+            continue
         N, K = entry["out_features"], entry["in_features"]
         packed = PackedWeight("dense", "row", -1, N, K, torch.zeros(1).expand(N, K))  # [N, K] in 4 bytes
         layer = ZOLinear(
             packed, rank=entry["rank"], name=entry["name"], param_id=entry["param_id"], perturbation=perturbation
         )
         layer.origin = entry["origin"]
-        *path, last = entry["name"].split(".")
-        parent = root
-        for part in path:
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-        parent.add_module(last, layer)
+        parent, _, last = entry["name"].rpartition(".")
+        _reach(root, parent).add_module(last, layer)
+    return root
+
+
+def _reach(root: nn.Module, path: str) -> nn.Module:
+    """The submodule `path` of `root`, made where it is missing."""
+    for part in filter(None, path.split(".")):
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
     return root
 
 
@@ -43,6 +53,7 @@ class Replay:
     coeff_hash: str
     checked: tuple[tuple[int, bool], ...]
     model: nn.Module
+    optimizer: ZeroOrder
 
     @property
     def identical(self) -> bool:
@@ -64,4 +75,4 @@ def replay(log: RunLog) -> Replay:
         optimizer.replay([row])
         if (met := snapshots.get(row.step + 1)) is not None:
             checked.append((met.step, coeff_hash(optimizer) == met.coeff_hash))
-    return Replay(optimizer.iteration, coeff_hash(optimizer), tuple(checked), model)
+    return Replay(optimizer.iteration, coeff_hash(optimizer), tuple(checked), model, optimizer)

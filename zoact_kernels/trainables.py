@@ -104,6 +104,10 @@ class Weight(Trainable):
         if self._current().data_ptr() != self.value.data_ptr():
             raise RuntimeError(f"{self.name} is another tensor since; create the optimizer after moving the model")
 
+    def whole(self) -> Tensor:
+        """The parameter in its own shape, a copy on the CPU."""
+        return self._current().to("cpu", copy=True)
+
     def anatomy(self) -> dict[str, Any]:
         current = self._current()
         return {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,15 +78,35 @@ class Perturbation:
         return self.sigmas
 
 
+class Mask(NamedTuple):
+    """Which entries of a parameter take part: "magnitude" |w| <= value, or "random" a share `value` of them by `seed`.
+
+    value fp32 [1], seed int64 [1]: on the device of the parameter. A magnitude is that of the clean weight, so that
+    probes and update agree on it.
+    """
+
+    kind: str = "none"
+    value: Tensor | None = None
+    seed: Tensor | None = None
+
+
 # (layer, x, sigmas of the row groups in x, bias to add) -> y
 Probe = Callable[["ZOLinear", Tensor, Tensor, "Tensor | None"], Tensor]
 
 
-def group_values(value: Tensor, p: Perturbation, sigmas: Tensor, param_id: Tensor) -> Tensor:
+def group_values(
+    value: Tensor,
+    p: Perturbation,
+    sigmas: Tensor,
+    param_id: Tensor,
+    mask: Mask = Mask(),  # noqa: B008
+) -> Tensor:
     """value + sum_s sigmas[g, s] Z_s of every row group g, fp32 [groups, *value.shape]: a copy each, so for vectors."""
     moved = value.detach().float().expand(sigmas.shape[0], *value.shape).clone(memory_format=torch.contiguous_format)
     for row, own in zip(moved, sigmas, strict=True):
-        torch.ops.zoact.zo_perturb_(row.view(1, -1), p.seeds, own, param_id, noise=p.noise)
+        torch.ops.zoact.zo_perturb_(
+            row.view(1, -1), p.seeds, own, param_id, None, None, mask.value, mask.seed, None, p.noise, mask.kind
+        )
     return moved
 
 
@@ -143,6 +163,7 @@ class ZOLinear(nn.Module):
         self.perturbation = perturbation or Perturbation()
         self.probe: Probe | None = None  # how a method perturbs the weight, if not by C
         self.bias_id: Tensor | None = None  # int64 [1], of the bias' noise, if a method moves that too
+        self.mask, self.bias_mask = Mask(), Mask()  # of what a dense method moves
         device = packed.weight.device
         self.register_buffer("weight", packed.weight)
         self.register_buffer("scale", packed.scale)
@@ -216,7 +237,9 @@ class ZOLinear(nn.Module):
         p = self.perturbation
         if p.active and self.bias_id is not None and self.bias is not None:
             own = p.sigmas_of(self.name, x, row_group)
-            return add_per_group(self._forward(x, row_group, None), group_values(self.bias, p, own, self.bias_id))
+            return add_per_group(
+                self._forward(x, row_group, None), group_values(self.bias, p, own, self.bias_id, self.bias_mask)
+            )
         return self._forward(x, row_group, self.bias)
 
     def _forward(self, x: Tensor, row_group: int | None, bias: Tensor | None) -> Tensor:
@@ -391,6 +414,7 @@ def release(model: nn.Module) -> Perturbation:
     for module in model.modules():
         if isinstance(module, ZOLinear):
             module.probe = module.bias_id = None
+            module.mask = module.bias_mask = Mask()
         elif isinstance(module, Released):
             module.release()
     found = _perturbable(model)

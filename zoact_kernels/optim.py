@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import ops  # noqa: F401  (defines torch.ops.zoact)
 from .estimators import SCALINGS
+from .layers import Mask
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -33,7 +34,8 @@ class SGD:
     coeffs: {name: C [N, R]}, contiguous, all on one device; they are updated in place. float32; a rule without moments
         takes bfloat16 and float16 as well, without weight decay, and rounds them stochastically: to nearest, a step
         below half an ulp would be lost every time.
-    gains: {name: factor on g}, where it is not 1.
+    gains: {name: factor on g}, where it is not 1. masks: {name: what of it may move}; such a one takes a rule without
+        moments and no weight decay either.
     param_ids: int64 [L], in the order of `coeffs`: the noise of each layer.
     """
 
@@ -50,14 +52,22 @@ class SGD:
         weight_decay: float = 0.0,
         noise: str = "normal",
         gains: Mapping[str, float] | None = None,
+        masks: Mapping[str, Mask] | None = None,
     ) -> None:
-        _check(coeffs, param_ids, betas, eps, weight_decay, rounds=self.moments == 0)
+        self.masks = {name: mask for name, mask in (masks or {}).items() if mask.kind != "none"}
+        _check(coeffs, param_ids, betas, eps, weight_decay, self.moments == 0)
+        if self.masks and (self.moments or weight_decay):
+            raise ValueError(
+                f"rule {self.rule} with weight_decay {weight_decay} takes no masks; sgd and sign without do"
+            )
         self.coeffs = dict(coeffs)
         self.betas, self.eps, self.weight_decay, self.noise = betas, eps, weight_decay, noise
         device = param_ids.device
         self.param_ids = param_ids
         # One launch for those that it takes; the others one by one.
-        self._single = [i for i, c in enumerate(self.coeffs.values()) if c.dtype != torch.float32]
+        self._single = [
+            i for i, (name, c) in enumerate(self.coeffs.items()) if name in self.masks or c.dtype != torch.float32
+        ]
         fused = [i for i in range(len(self.coeffs)) if i not in self._single]
         self._fused = [c for i, c in enumerate(self.coeffs.values()) if i in fused]
         self._fused_ids = param_ids[fused] if self._single else param_ids
@@ -115,12 +125,14 @@ class SGD:
         if not self._single or (self.skip.device.type == "cpu" and bool(self.skip)):
             return
         moves = torch.where(self.skip, torch.zeros_like(weights), -self.hyper[0] * weights)
-        values = list(self.coeffs.values())
+        values = list(self.coeffs.items())
         for i in self._single:
-            own = moves[i] if moves.dim() == 2 else moves
+            name, value = values[i]
+            own, mask = moves[i] if moves.dim() == 2 else moves, self.masks.get(name, Mask())
             torch.ops.zoact.zo_perturb_(
-                values[i], seeds, own, self.param_ids[i : i + 1], rounding_seed=seeds[:1], noise=self.noise
-            )
+                value, seeds, own, self.param_ids[i : i + 1], None, None, mask.value, mask.seed, seeds[:1], self.noise,
+                mask.kind,
+            )  # fmt: skip
 
     def finish(self) -> None:
         """Count the step that `launch` made, unless it was skipped: waits for the device."""

@@ -18,20 +18,23 @@ import torch
 from torch import Tensor, nn
 
 from . import rng
-from .layers import Perturbation, Released, add_per_group, group_values
+from .layers import Mask, Perturbation, Released, add_per_group, group_values
 
 
-class _Perturbed(nn.Module, Released):
+class Perturbed(nn.Module, Released):
+    """What the three have in common. zo_name: of the module, for messages."""
+
     perturbation: Perturbation
     zo_name: str
     zo_ids: dict[str, Tensor]  # of the parameters that are perturbed: key -> param_id, int64 [1]
+    zo_masks: dict[str, Mask]
 
     def release(self) -> None:
-        del self.perturbation, self.zo_name, self.zo_ids
+        del self.perturbation, self.zo_name, self.zo_ids, self.zo_masks
         self.__class__ = type(self).__bases__[1]  # (this mixin, what it was)
 
 
-class ZOVector(_Perturbed):
+class ZOVector(Perturbed):
     """Each row group runs with parameters of its own, in fp32 where they are stored in 16 bits.
 
     A clean group runs so too: it has to differ from the others by nothing but the noise.
@@ -44,7 +47,7 @@ class ZOVector(_Perturbed):
         if args or kwargs:
             raise ValueError(f"{self.zo_name!r} is called with more than one argument, whose rows can't be told apart")
         sigmas = p.sigmas_of(self.zo_name, x)
-        moved = {key: group_values(_own(self, key), p, sigmas, param_id) for key, param_id in self.zo_ids.items()}
+        moved = {key: _moved(self, key, sigmas) for key in self.zo_ids}
         usual = self._parameters
         dtype = _own(self, next(iter(self.zo_ids))).dtype
         fixed: dict[str, Any] = {key: None if v is None else v.detach().float() for key, v in usual.items()}
@@ -59,7 +62,7 @@ class ZOVector(_Perturbed):
         return torch.cat(parts).to(dtype)
 
 
-class ZOEmbedding(_Perturbed):
+class ZOEmbedding(Perturbed):
     """Row group g gets table[ids] + sum_s sigmas[g, s] Z_s[ids]: the same rows of noise that an update has."""
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -71,15 +74,22 @@ class ZOEmbedding(_Perturbed):
         rows, where = ids.reshape(-1), None
         if ids.device.type == "cpu":  # elsewhere it would wait for the device
             rows, where = rows.unique(return_inverse=True)
-        moved = table.reshape(groups, -1, width).float()
+        moved = clean = table.reshape(groups, -1, width).float()
+        mask = self.zo_masks.get("weight", Mask())
         for s, seed in enumerate(p.seeds):
             z = rng.noise_of_rows(p.noise, seed, self.zo_ids["weight"], rows, width)
-            z = z if where is None else z[where]
-            moved = moved + sigmas[:, s, None, None] * z.view(groups, -1, width)
+            if mask.kind == "random":
+                assert mask.seed is not None and mask.value is not None
+                z = z * rng.mask_of_rows(mask.seed, self.zo_ids["weight"], mask.value, rows, width)
+            z = (z if where is None else z[where]).view(groups, -1, width)
+            if mask.kind == "magnitude":
+                assert mask.value is not None
+                z = z * (clean.abs() <= mask.value)
+            moved = moved + sigmas[:, s, None, None] * z
         return moved.to(table.dtype).view(table.shape)
 
 
-class ZODense(_Perturbed):
+class ZODense(Perturbed):
     """y_g = x_g (W + sum_s sigmas[g, s] Z_s)^T + b_g through one op."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,15 +97,15 @@ class ZODense(_Perturbed):
         if not p.active:
             return super().forward(x)
         sigmas, weight, bias = p.sigmas_of(self.zo_name, x), _own(self, "weight"), self._parameters["bias"]
-        noisy = "weight" in self.zo_ids
+        noisy, mask = "weight" in self.zo_ids, self.zo_masks.get("weight", Mask())
         y = torch.ops.zoact.zo_dense_linear(
             x, weight, None, None, None, None if "bias" in self.zo_ids else bias,
-            p.seeds if noisy else None, sigmas if noisy else None, self.zo_ids.get("weight"), None, None, None,
-            "dense", "row", -1, weight.shape[0], p.noise, groups=sigmas.shape[0],
+            p.seeds if noisy else None, sigmas if noisy else None, self.zo_ids.get("weight"), None, mask.value,
+            mask.seed, "dense", "row", -1, weight.shape[0], p.noise, "weight", mask.kind, sigmas.shape[0],
         )  # fmt: skip
         if bias is None or "bias" not in self.zo_ids:
             return y
-        return add_per_group(y, group_values(bias, p, sigmas, self.zo_ids["bias"]))
+        return add_per_group(y, _moved(self, "bias", sigmas))
 
 
 def perturb(module: nn.Module, name: str, ids: dict[str, Tensor], perturbation: Perturbation) -> None:
@@ -106,16 +116,22 @@ def perturb(module: nn.Module, name: str, ids: dict[str, Tensor], perturbation: 
     # A subclass with a forward of its own may do more than look up or multiply, so it runs as it is.
     mixin = next((m for kind, m in MIXINS.items() if getattr(type(module), "forward", None) is kind.forward), ZOVector)
     module.__class__ = _mixture(mixin, type(module))  # type: ignore[arg-type]  # mypy: classes do not hash
-    assert isinstance(module, _Perturbed)
-    module.perturbation, module.zo_name, module.zo_ids = perturbation, name, ids
+    assert isinstance(module, Perturbed)
+    module.perturbation, module.zo_name, module.zo_ids, module.zo_masks = perturbation, name, ids, {}
 
 
-MIXINS: dict[type[nn.Module], type[_Perturbed]] = {nn.Embedding: ZOEmbedding, nn.Linear: ZODense}
+MIXINS: dict[type[nn.Module], type[Perturbed]] = {nn.Embedding: ZOEmbedding, nn.Linear: ZODense}
 
 
 @functools.cache
-def _mixture(mixin: type[_Perturbed], kind: type[nn.Module]) -> type[nn.Module]:
+def _mixture(mixin: type[Perturbed], kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"{mixin.__name__}({kind.__name__})", (mixin, kind), {"__module__": __name__})
+
+
+def _moved(module: Perturbed, key: str, sigmas: Tensor) -> Tensor:
+    """Parameter `key` as each row group has it, fp32 [groups, *shape]."""
+    own, mask = _own(module, key), module.zo_masks.get(key, Mask())
+    return group_values(own, module.perturbation, sigmas, module.zo_ids[key], mask)
 
 
 def _own(module: nn.Module, key: str) -> Tensor:

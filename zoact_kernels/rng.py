@@ -258,6 +258,25 @@ def noise_of_rows(kind: str, seed: int | Tensor, param_id: int | Tensor, rows: T
     return _runs(torch, make, size, rows * cols, cols, {"device": rows.device})
 
 
+def mask_of_rows(seed: int | Tensor, param_id: int | Tensor, share: float | Tensor, rows: Tensor, cols: int) -> Tensor:
+    """Rows `rows` (int64 [n]) of the `mask` with `cols` columns, bool [n, cols]."""
+    seed, param_id = _number("seed", seed, 64), _number("param_id", param_id, 32)
+
+    def make(block: Tensor) -> Tensor:
+        return torch.stack(_words(seed, param_id, STREAM_MASK, block), -1)
+
+    return _runs(torch, make, 4, rows * cols, cols, {"device": rows.device}) < _threshold(share)
+
+
+def _threshold(share: float | Tensor) -> int | Tensor:
+    """floor(share * 2^32), the share being rounded to fp32 first: a word below it takes part."""
+    if isinstance(share, Tensor):
+        return (share.reshape(()).float().double().nan_to_num(0.0).clamp(0.0, 1.0) * 2.0**32).to(torch.int64)
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"`share` is {share}; it has to be in [0, 1]")
+    return math.floor(float(np.float32(share)) * 2**32)
+
+
 def _element_words(
     seed: int | Tensor, param_id: int | Tensor, stream: int, rows: int, cols: int, row_offset: int,
     total_cols: int | None, device: torch.device | str,
@@ -287,13 +306,7 @@ def mask(
     Raises:
         ValueError: a `share` (a number, not a tensor) outside [0, 1].
     """
-    threshold: int | Tensor
-    if isinstance(share, Tensor):
-        threshold = (share.reshape(()).float().double().nan_to_num(0.0).clamp(0.0, 1.0) * 2.0**32).to(torch.int64)
-    elif not 0.0 <= share <= 1.0:
-        raise ValueError(f"`share` is {share}; it has to be in [0, 1]")
-    else:
-        threshold = math.floor(float(np.float32(share)) * 2**32)
+    threshold = _threshold(share)
     return _element_words(seed, param_id, STREAM_MASK, rows, cols, row_offset, total_cols, device) < threshold
 
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from . import rng
 from .embedding import PackedEmbedding
-from .layers import Perturbation, ZOLinear, zo_layers
-from .parameters import perturb
+from .layers import Mask, Perturbation, ZOLinear, zo_layers
+from .optim import check_entries
+from .parameters import Perturbed, perturb
 
 
 class Trainable:
@@ -33,6 +34,7 @@ class Trainable:
     value: Tensor
     param_id: Tensor
     gain = 1.0
+    mask = Mask()
     basis: Tensor | None = None
     basis_shape: tuple[int, int] | None = None
 
@@ -94,6 +96,26 @@ class Weight(Trainable):
     def __init__(self, name: str, owner: nn.Module, key: str, param_id: Tensor) -> None:
         self.name, self.owner, self.key, self.param_id = name, owner, key, param_id
         self.value = self._current().view(self._current().shape[0], -1)
+        self.sites = [(owner, key)]  # several where it is tied
+
+    def cover(self, mask: Mask) -> None:
+        """Only what `mask` lets take part is perturbed and moved from now on."""
+        self.mask = mask
+        for owner, key in self.sites:
+            if isinstance(owner, Perturbed):
+                owner.zo_masks[key] = mask
+            elif isinstance(owner, ZOLinear):
+                setattr(owner, "mask" if key == "weight" else "bias_mask", mask)
+
+    def held(self) -> dict[str, Tensor]:
+        """The threshold of a mask by magnitude, which is that of the weights at the beginning."""
+        return {"mask": self.mask.value} if self.mask.kind == "magnitude" and self.mask.value is not None else {}
+
+    def take(self, held: Mapping[str, Tensor]) -> None:
+        mine = self.held()
+        check_entries(held, mine, f"state of {self.name}")
+        for key, tensor in mine.items():
+            tensor.copy_(held[key])
 
     def _current(self) -> Tensor:
         tensor = getattr(self.owner, self.key)
@@ -122,18 +144,19 @@ def probe_dense(layer: ZOLinear, x: Tensor, sigmas: Tensor, bias: Tensor | None)
     """y_g = x_g (W + sum_s sigmas[g, s] Z_s)^T + bias."""
     p = layer.perturbation
     return torch.ops.zoact.zo_dense_linear(
-        x, layer.weight, layer.scale, layer.offset, layer.nested, bias, p.seeds, sigmas, layer.param_id, None, None,
-        None, layer.format, layer.layout, layer.group_size, layer.out_features, p.noise, groups=sigmas.shape[0],
+        x, layer.weight, layer.scale, layer.offset, layer.nested, bias, p.seeds, sigmas, layer.param_id, None,
+        layer.mask.value, layer.mask.seed, layer.format, layer.layout, layer.group_size, layer.out_features, p.noise,
+        "weight", layer.mask.kind, sigmas.shape[0],
     )  # fmt: skip
 
 
-def weights(model: nn.Module, handle: Perturbation) -> list[Trainable]:
+def weights(model: nn.Module, handle: Perturbation) -> list[Weight]:
     """Every parameter of a dense model, in module order, one that is tied once; `handle` is what perturbs them.
 
     Raises ValueError for weights that are stored in few bits, and layers with coefficients of their own.
     """
-    found: list[Trainable] = []
-    known: dict[int, Tensor] = {}  # of parameters seen: id -> param_id
+    found: list[Weight] = []
+    known: dict[int, Weight] = {}  # by the id of the parameter
     layers = zo_layers(model)
     taken = {int(layer.param_id) for layer in layers.values()}
 
@@ -170,10 +193,13 @@ def weights(model: nn.Module, handle: Perturbation) -> list[Trainable]:
                 continue
             if not parameter.is_contiguous():
                 raise ValueError(f"{prefix}{key} is not contiguous; make it so before it is trained")
-            if id(parameter) not in known:
-                known[id(parameter)] = param_id(f"{prefix}{key}", parameter.device)
-                found.append(Weight(f"{prefix}{key}", module, key, known[id(parameter)]))
-            ids[key] = known[id(parameter)]
+            if id(parameter) in known:
+                known[id(parameter)].sites.append((module, key))
+            else:
+                number = param_id(f"{prefix}{key}", parameter.device)
+                known[id(parameter)] = Weight(f"{prefix}{key}", module, key, number)
+                found.append(known[id(parameter)])
+            ids[key] = known[id(parameter)].param_id
         if ids:
             perturb(module, name, ids, handle)
     return found

@@ -148,6 +148,7 @@ class ZeroOrder:
             weight_decay=weight_decay,
             noise=noise,
             gains={name: t.gain for name, t in self.trainables.items()},
+            masks={name: t.mask for name, t in self.trainables.items()},
         )
         self.floor = float("nan")
         self._recent: deque[float] = deque(maxlen=RECENT)
@@ -161,7 +162,7 @@ class ZeroOrder:
         self._weights = torch.zeros(queries, dtype=torch.float32, device=device)
         self._one_seed, self._one_sigma = self._seeds[:1].clone(), self._sigmas[:1, :1].clone()
 
-    def find(self, model: nn.Module, handle: Perturbation) -> list[Trainable]:
+    def find(self, model: nn.Module, handle: Perturbation) -> Sequence[Trainable]:
         """The parameters that this method moves, set up so that `perturbed` (through `handle`) moves them."""
         raise NotImplementedError
 

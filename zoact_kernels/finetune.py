@@ -38,7 +38,6 @@ from .plots import draw_curve
 from .rng import seed_for
 from .runlog import EvalRow, RunLog, update_hash, write_whole, writing
 from .swap import ZOConfig, dense_twin
-from .trainables import Weight
 from .trainer import Recipe, Result, Watch, base_hash, train
 from .zeroth_order import ZeroOrder
 
@@ -246,13 +245,15 @@ def finetune(
 
 
 def export(model: nn.Module, optimizer: ZeroOrder, directory: Path, base: str | None) -> None:
-    """What was trained: a PEFT LoRA, or of a method that trains the weights themselves `trained.safetensors`.
+    """What was trained: a PEFT LoRA of what stands beside the weights, `trained.safetensors` of weights themselves.
 
-    That holds each trained parameter under the name and in the shape that it has in the base model.
+    The latter holds each trained parameter under the name and in the shape that it has in the base model.
     """
-    tensors = {name: t.whole() for name, t in optimizer.trainables.items() if isinstance(t, Weight)}
-    if not tensors:
+    found = {t.parameter: t.whole() for t in optimizer.trainables.values()}
+    tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
+    if len(tensors) < len(found):
         export_lora(model, directory, base)
+    if not tensors:
         return
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(directory / "trained.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))

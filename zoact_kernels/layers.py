@@ -161,6 +161,7 @@ class ZOLinear(nn.Module):
         self.origin = "linear"  # what `unswap` makes of it again: "linear", "conv1d" or "linear4bit"
         self.dense_dtype = torch.float32  # of the weight that `unswap` restores
         self.perturbation = perturbation or Perturbation()
+        self.frozen = packed.format != "dense"  # no method may write the weight
         self.probe: Probe | None = None  # how a method perturbs the weight, if not by C
         self.bias_id: Tensor | None = None  # int64 [1], of the bias' noise, if a method moves that too
         self.mask, self.bias_mask = Mask(), Mask()  # of what a dense method moves

@@ -5,6 +5,7 @@
     fzoo     random signs, one-sided, differences divided by their spread               arXiv 2506.09034
     sparse-mezo, zo-sparse   MeZO under a mask by magnitude, or by chance               arXiv 2402.15751, 2402.11592
     zo-sign, zo-momentum, zo-adam   MeZO with another rule                              arXiv 2402.11592
+    lozo, lozo-m   U V^T, V renewed now and then, SGD or momentum in the factor         arXiv 2410.07698
 
 Defaults are the published ones where there are any; they stand in the signature of `__init__`, the rest is ZeroOrder's.
 """
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from . import rng
 from .layers import Mask, Perturbation, ZOLinear, zo_layers
-from .trainables import Coefficients, Trainable, Weight, coefficients, weights
+from .trainables import Coefficients, LowRank, Trainable, Weight, coefficients, low_rank, weights
 from .zeroth_order import MODES, RECENT, Evaluation, LoggedStep, StepResult, ZeroOrder
 
 __all__ = [
@@ -202,6 +203,82 @@ class ZOAdam(MeZO):
         super().__init__(model, optimizer=optimizer, **others)
 
 
+class LOZO(ZeroOrder):
+    """W +- sigma U V^T, U [N, R] new each step, V [K, R] every `period` steps;  W <- W - lr d U V^T  (over_rank: / R).
+
+    Vectors take dense noise. The released code has no 1/R, so that its mean step is R times the gradient's; the paper
+    has it. V is a function of (seed, step // period, name), which probe and update both see: on refresh steps too.
+    As W is linear in U, the steps since V was drawn are one matrix: C <- C - lr d U, W + C V^T in the forward, folded
+    into W when V is renewed. Beside frozen weights it goes into a delta of rank `delta_rank`; the note of that step has
+    the error of its re-compression.
+    """
+
+    name, paper = "lozo", "arXiv 2410.07698"
+    summary = "all matrices along U V^T with a lazy V, by SGD"
+    basis = "random"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        rank: int = 2,
+        period: int = 50,
+        over_rank: bool = False,
+        delta_rank: int = 16,
+        lr: float = 1e-6,
+        optimizer: str = "sgd",
+        weight_decay: float = 0.0,
+        **others: Any,
+    ) -> None:
+        _check_period(period)
+        if rank < 1 or delta_rank < rank:
+            raise ValueError(f"rank is {rank} and delta_rank {delta_rank}; needed are 1 <= rank <= delta_rank")
+        if weight_decay:
+            raise ValueError(f"weight_decay is {weight_decay}; {self.name} moves factors, which can't decay W: 0 only")
+        if optimizer not in ("sgd", "sign", "momentum", "ema"):
+            raise ValueError(
+                f"optimizer is {optimizer!r}; what outlives a V has to be linear: sgd, sign, momentum, ema"
+            )
+        self.rank, self.period, self.over_rank, self.delta_rank = rank, period, over_rank, delta_rank
+        self._epoch = torch.tensor(-1)  # step // period of the V at hand
+        super().__init__(model, lr=lr, optimizer=optimizer, **others)
+
+    def find(self, model: nn.Module, handle: Perturbation) -> list[Trainable]:
+        found = low_rank(model, handle, self.rank, self.delta_rank)
+        for trainable in found:
+            if isinstance(trainable, LowRank) and self.over_rank:
+                trainable.gain = 1 / self.rank
+        return found
+
+    def refresh(self) -> None:
+        epoch, errors = self.iteration // self.period, []
+        if epoch == self._epoch:
+            return
+        seed = torch.tensor([rng.seed_for(self.seed, epoch)], device=self.device)
+        for name, trainable in self.trainables.items():
+            if isinstance(trainable, LowRank):
+                turn, error = trainable.renew(seed)
+                errors.append(error)
+                if name in self.rule.exp_avgs:  # LOZO-M: S <- S (V_old^T V_new) / K
+                    self.rule.exp_avgs[name].copy_(self.rule.exp_avgs[name] @ turn)
+        self._epoch.fill_(epoch)
+        if any(errors):
+            self.note = f"deltas re-compressed to rank {self.delta_rank}, relative error up to {max(errors):.1e}"
+
+    def own_state(self) -> dict[str, Tensor]:
+        return {"epoch": self._epoch}
+
+
+class LOZOM(LOZO):
+    """S <- beta S + (1 - beta) d U;  W <- W - lr S V^T / R;  S <- S (V_old^T V_new) / K where V is renewed."""
+
+    name = "lozo-m"
+    summary = "LOZO with momentum in the factor"
+
+    def __init__(self, model: nn.Module, *, optimizer: str = "ema", over_rank: bool = True, **others: Any) -> None:
+        super().__init__(model, optimizer=optimizer, over_rank=over_rank, **others)
+
+
 def _check_share(name: str, value: float) -> None:
     if not 0 <= value < 1:
         raise ValueError(f"{name} is {value}; it lies in [0, 1)")
@@ -214,7 +291,7 @@ def _check_period(period: int) -> None:
 
 METHODS: dict[str, type[ZeroOrder]] = {
     method.name: method
-    for method in (ZOAct, ZOActOneSided, MeZO, FZOO, SparseMeZO, ZOSparse, ZOSign, ZOMomentum, ZOAdam)
+    for method in (ZOAct, ZOActOneSided, MeZO, FZOO, SparseMeZO, ZOSparse, ZOSign, ZOMomentum, ZOAdam, LOZO, LOZOM)
 }
 
 

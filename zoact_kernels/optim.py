@@ -5,6 +5,7 @@
     sgd        g += wd C;  C <- C - lr g
     sign       sgd fed sign(weights)/S: the sign of the scalars
     momentum   g += wd C;  m <- beta1 m + g;  C <- C - lr m
+    ema        momentum fed (1 - beta1) g
     adam       g += wd C;  m <- beta1 m + (1-beta1) g;  v <- beta2 v + (1-beta2) g^2;
                C <- C - lr (m / (1-beta1^t)) / (sqrt(v / (1-beta2^t)) + eps)
     adamw      C <- C - lr wd C first, then adam without wd
@@ -174,6 +175,13 @@ class Momentum(SGD):
     moments = 1
 
 
+class EMA(Momentum):
+    """Heavy ball with dampening: m <- beta1 m + (1 - beta1) g, a mean rather than a sum of past estimates."""
+
+    def weights(self, weights: Tensor) -> Tensor:
+        return (1 - self.hyper[1]) * weights
+
+
 class Adam(Momentum):
     """Adam on C; weight decay, if any, is L2 through the moments."""
 
@@ -187,7 +195,7 @@ class AdamW(Adam):
     rule = "adamw"
 
 
-RULES: dict[str, type[SGD]] = {"sgd": SGD, "sign": Sign, "momentum": Momentum, "adam": Adam, "adamw": AdamW}
+RULES: dict[str, type[SGD]] = {"sgd": SGD, "sign": Sign, "momentum": Momentum, "ema": EMA, "adam": Adam, "adamw": AdamW}
 
 
 def learning_rate(

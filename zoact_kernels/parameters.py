@@ -28,9 +28,10 @@ class Perturbed(nn.Module, Released):
     zo_name: str
     zo_ids: dict[str, Tensor]  # of the parameters that are perturbed: key -> param_id, int64 [1]
     zo_masks: dict[str, Mask]
+    zo_factors: dict[str, tuple[Tensor, Tensor]]  # of a matrix W that has them: (V [K, R], C [N, R]), it is W + C V^T
 
     def release(self) -> None:
-        del self.perturbation, self.zo_name, self.zo_ids, self.zo_masks
+        del self.perturbation, self.zo_name, self.zo_ids, self.zo_masks, self.zo_factors
         self.__class__ = type(self).__bases__[1]  # (this mixin, what it was)
 
 
@@ -66,21 +67,25 @@ class ZOEmbedding(Perturbed):
     """Row group g gets table[ids] + sum_s sigmas[g, s] Z_s[ids]: the same rows of noise that an update has."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        p, table = self.perturbation, super().forward(ids)
+        p, table, factors = self.perturbation, super().forward(ids), self.zo_factors.get("weight")
+        if factors is not None:
+            table = (table + factors[1][ids] @ factors[0].T).to(table.dtype)
         if not p.active:
             return table
         sigmas = p.sigmas_of(self.zo_name, ids)
-        groups, (_, width) = sigmas.shape[0], _own(self, "weight").shape
+        groups, width = sigmas.shape[0], table.shape[-1]
+        cols = width if factors is None else factors[0].shape[1]  # of Z
         rows, where = ids.reshape(-1), None
         if ids.device.type == "cpu":  # elsewhere it would wait for the device
             rows, where = rows.unique(return_inverse=True)
         moved = clean = table.reshape(groups, -1, width).float()
         mask = self.zo_masks.get("weight", Mask())
         for s, seed in enumerate(p.seeds):
-            z = rng.noise_of_rows(p.noise, seed, self.zo_ids["weight"], rows, width)
+            z = rng.noise_of_rows(p.noise, seed, self.zo_ids["weight"], rows, cols)
             if mask.kind == "random":
                 assert mask.seed is not None and mask.value is not None
                 z = z * rng.mask_of_rows(mask.seed, self.zo_ids["weight"], mask.value, rows, width)
+            z = z if factors is None else z @ factors[0].T
             z = (z if where is None else z[where]).view(groups, -1, width)
             if mask.kind == "magnitude":
                 assert mask.value is not None
@@ -93,10 +98,19 @@ class ZODense(Perturbed):
     """y_g = x_g (W + sum_s sigmas[g, s] Z_s)^T + b_g through one op."""
 
     def forward(self, x: Tensor) -> Tensor:
-        p = self.perturbation
-        if not p.active:
+        p, factors = self.perturbation, self.zo_factors.get("weight")
+        weight, bias = _own(self, "weight"), self._parameters["bias"]
+        if not p.active and factors is None:
             return super().forward(x)
-        sigmas, weight, bias = p.sigmas_of(self.zo_name, x), _own(self, "weight"), self._parameters["bias"]
+        sigmas = p.sigmas_of(self.zo_name, x) if p.active else p.sigmas[:1]
+        if factors is not None:
+            side = (p.seeds, sigmas, self.zo_ids["weight"]) if p.active else (None, None, None)
+            moves = p.active and "bias" in self.zo_ids
+            y = torch.ops.zoact.zo_linear(
+                x, weight, None, None, None, None if moves else bias, None, None, *factors, None, None, *side,
+                "dense", "row", -1, weight.shape[0], p.noise, sigmas.shape[0] if p.active else 1,
+            )  # fmt: skip
+            return add_per_group(y, _moved(self, "bias", sigmas)) if moves else y
         noisy, mask = "weight" in self.zo_ids, self.zo_masks.get("weight", Mask())
         y = torch.ops.zoact.zo_dense_linear(
             x, weight, None, None, None, None if "bias" in self.zo_ids else bias,
@@ -117,7 +131,8 @@ def perturb(module: nn.Module, name: str, ids: dict[str, Tensor], perturbation: 
     mixin = next((m for kind, m in MIXINS.items() if getattr(type(module), "forward", None) is kind.forward), ZOVector)
     module.__class__ = _mixture(mixin, type(module))  # type: ignore[arg-type]  # mypy: classes do not hash
     assert isinstance(module, Perturbed)
-    module.perturbation, module.zo_name, module.zo_ids, module.zo_masks = perturbation, name, ids, {}
+    module.perturbation, module.zo_name, module.zo_ids = perturbation, name, ids
+    module.zo_masks, module.zo_factors = {}, {}
 
 
 MIXINS: dict[type[nn.Module], type[Perturbed]] = {nn.Embedding: ZOEmbedding, nn.Linear: ZODense}

@@ -17,30 +17,34 @@ from .zeroth_order import ZeroOrder
 def skeleton(log: RunLog) -> nn.Module:
     """The trained layers of a run without their weights: enough for `replay` and `export_lora`; no forward."""
     root, perturbation = nn.Module(), Perturbation()
-    if log.meta["causal_lm"]:
-        root.lm_head = nn.Module()  # what tells a causal language model to those who look
     for entry in log.meta["layers"]:
         if "shape" in entry:
             owner, _, key = entry["name"].rpartition(".")
             dtype = getattr(torch, entry["dtype"])
-            _reach(root, owner).register_parameter(key, nn.Parameter(torch.zeros(entry["shape"], dtype=dtype)))
+            parent = _reach(root, owner, nn.Embedding(1, 1) if "rank" in entry else None)
+            parent.register_parameter(key, nn.Parameter(torch.zeros(entry["shape"], dtype=dtype)))
             continue
         N, K = entry["out_features"], entry["in_features"]
-        packed = PackedWeight("dense", "row", -1, N, K, torch.zeros(1).expand(N, K))  # [N, K] in 4 bytes
+        written = entry.get("written", "")
+        weight = torch.zeros(N, K, dtype=getattr(torch, written)) if written else torch.zeros(1).expand(N, K)  # 4 bytes
+        packed = PackedWeight("dense", "row", -1, N, K, weight)
         layer = ZOLinear(
             packed, rank=entry["rank"], name=entry["name"], param_id=entry["param_id"], perturbation=perturbation
         )
-        layer.origin = entry["origin"]
+        layer.origin, layer.frozen = entry["origin"], not written
         parent, _, last = entry["name"].rpartition(".")
         _reach(root, parent).add_module(last, layer)
+    if log.meta["causal_lm"] and not hasattr(root, "lm_head"):
+        root.lm_head = nn.Module()  # what tells a causal language model to those who look
     return root
 
 
-def _reach(root: nn.Module, path: str) -> nn.Module:
-    """The submodule `path` of `root`, made where it is missing."""
-    for part in filter(None, path.split(".")):
+def _reach(root: nn.Module, path: str, last: nn.Module | None = None) -> nn.Module:
+    """The submodule `path` of `root`, made where it is missing, its last part of `last`."""
+    parts = [part for part in path.split(".") if part]
+    for i, part in enumerate(parts):
         if part not in root._modules:
-            root.add_module(part, nn.Module())
+            root.add_module(part, last if last is not None and i == len(parts) - 1 else nn.Module())
         root = root.get_submodule(part)
     return root
 

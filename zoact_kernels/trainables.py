@@ -3,6 +3,7 @@
     kind           value [rows, cols] = shape of Z      row group g runs with
     Coefficients   C [N, R] of a ZOLinear with a basis  D(W) + (C + sum_s sigmas[g, s] Z_s) A^T
     Weight         any parameter of a dense model       W + sum_s sigmas[g, s] Z_s
+    LowRank        a matrix, V renewed now and then     W + (C + sum_s sigmas[g, s] Z_s) V^T
 
 A rule (optim) moves `value` along the same Z: probe and update address the noise by (seed, param_id, row, column), and
 both take it from one of these objects.
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from . import rng
+from .basis import recompress
 from .embedding import PackedEmbedding
+from .formats import CHUNK
 from .layers import Mask, Perturbation, ZOLinear, zo_layers
 from .optim import check_entries
-from .parameters import Perturbed, perturb
+from .parameters import Perturbed, ZODense, ZOEmbedding, perturb
 
 
 class Trainable:
@@ -33,6 +36,7 @@ class Trainable:
     name: str
     value: Tensor
     param_id: Tensor
+    parameter: str  # its name in the base model
     gain = 1.0
     mask = Mask()
     basis: Tensor | None = None
@@ -50,6 +54,14 @@ class Trainable:
         if held:
             raise ValueError(f"state of {self.name} has {', '.join(held)}, unknown here: it belongs to another method")
 
+    def written(self) -> list[Tensor]:
+        """The tensors of the base model that training changes."""
+        return []
+
+    def whole(self) -> Tensor | None:
+        """The trained parameter of the base model, in its own shape, a copy on the CPU; None if an adapter holds it."""
+        return None
+
     def anatomy(self) -> dict[str, Any]:
         """What a replay without the model has to know, as JSON values."""
         raise NotImplementedError
@@ -60,7 +72,8 @@ class Coefficients(Trainable):
 
     def __init__(self, name: str, layer: ZOLinear) -> None:
         assert layer.coeff is not None
-        self.name, self.layer, self.value, self.param_id = name, layer, layer.coeff, layer.param_id
+        self.name, self.parameter = name, f"{name}.weight"
+        self.layer, self.value, self.param_id = layer, layer.coeff, layer.param_id
         self.basis_shape = layer.in_features, layer.rank
 
     @property
@@ -94,7 +107,8 @@ class Weight(Trainable):
     """
 
     def __init__(self, name: str, owner: nn.Module, key: str, param_id: Tensor) -> None:
-        self.name, self.owner, self.key, self.param_id = name, owner, key, param_id
+        self.name = self.parameter = name
+        self.owner, self.key, self.param_id = owner, key, param_id
         self.value = self._current().view(self._current().shape[0], -1)
         self.sites = [(owner, key)]  # several where it is tied
 
@@ -126,8 +140,10 @@ class Weight(Trainable):
         if self._current().data_ptr() != self.value.data_ptr():
             raise RuntimeError(f"{self.name} is another tensor since; create the optimizer after moving the model")
 
+    def written(self) -> list[Tensor]:
+        return [self.value]
+
     def whole(self) -> Tensor:
-        """The parameter in its own shape, a copy on the CPU."""
         return self._current().to("cpu", copy=True)
 
     def anatomy(self) -> dict[str, Any]:
@@ -140,6 +156,146 @@ class Weight(Trainable):
         }
 
 
+class LowRank(Trainable):
+    """C [N, R] against a V [K, R] that the method renews: W + C V^T, noise Z [N, R].
+
+    When V is renewed, what C has come to goes into W, from fp32 and once in many steps; beside a frozen W it goes into
+    the layer's delta (base_basis, base_coeff), re-compressed to a bounded rank. So no step writes W, all layers move in
+    one launch, moments are of C's size, and what a step adds is never rounded to 16 bits on its own.
+
+    weight: W [N, K], which is written, or None where it is frozen. sites: the modules that have W, or one ZOLinear.
+    """
+
+    def __init__(
+        self, name: str, parameter: str, param_id: Tensor, value: Tensor, basis: Tensor, weight: Tensor | None,
+        sites: list[tuple[nn.Module, str]],
+    ) -> None:  # fmt: skip
+        self.name, self.parameter, self.param_id, self.value = name, parameter, param_id, value
+        self._basis, self.weight, self.sites = basis, weight, sites
+        self.basis_shape = tuple(basis.shape)  # type: ignore[assignment]
+        self.basis_id = torch.tensor([rng.param_id(f"{parameter}#V")], device=param_id.device)
+
+    @classmethod
+    def of_layer(cls, name: str, layer: ZOLinear, rank: int, delta_rank: int) -> LowRank:
+        """Takes over what the layer has learned before; delta_rank: of its delta, if W is frozen."""
+        name, device = rng.strip_prefixes(name), layer.weight.device
+        if not layer.frozen and layer.layout != "row":
+            layer.weight, layer.layout = layer.packed().to_layout("row").weight, "row"
+        weight = None if layer.frozen else layer.weight
+        before = [(layer.base_basis, layer.base_coeff), (layer.basis, layer.coeff)]
+        learned = [(a, c.detach()) for a, c in before if a is not None and c is not None]
+        learned = [(a[:, used], c[:, used]) for a, c in learned if (used := c.any(0)).any()]
+        layer.base_basis = layer.base_coeff = None
+        if weight is not None:
+            for a, c in learned:
+                add_low_rank(weight, c, a, layer.param_id, torch.zeros(1, dtype=torch.int64))
+        else:
+            a = torch.cat([torch.zeros(layer.in_features, 0, device=device), *(a for a, _ in learned)], dim=1)
+            c = torch.cat([torch.zeros(layer.out_features, 0, device=device), *(c for _, c in learned)], dim=1)
+            layer.base_basis, layer.base_coeff, _ = recompress(a, c, max(delta_rank, a.shape[1]))
+        layer.set_basis(torch.zeros(layer.in_features, rank, device=device))
+        assert layer.coeff is not None and layer.basis is not None
+        sites: list[tuple[nn.Module, str]] = [(layer, "weight")]
+        return cls(name, f"{name}.weight", layer.param_id, layer.coeff, layer.basis, weight, sites)
+
+    @classmethod
+    def of_weight(cls, w: Weight, rank: int) -> LowRank:
+        """The same of a table, or of a linear that was not swapped."""
+        coeff, basis = (torch.zeros(size, rank, device=w.value.device) for size in w.value.shape)
+        for owner, key in w.sites:
+            assert isinstance(owner, Perturbed)
+            owner.zo_factors[key] = basis, coeff
+        return cls(w.name, w.name, w.param_id, coeff, basis, w.value, w.sites)
+
+    @property
+    def basis(self) -> Tensor | None:
+        return self._basis
+
+    @basis.setter
+    def basis(self, basis: Tensor | None) -> None:
+        assert basis is not None
+        self._basis.copy_(basis)
+
+    @torch.no_grad()
+    def renew(self, seed: Tensor) -> tuple[Tensor, float]:
+        """Fold C, draw V from `seed` (int64 [1], on the device). Returns (V_old^T V_new / K [R, R], error of the fold).
+
+        The error is that of the re-compression, relative; 0 where W takes all.
+        """
+        error, old = 0.0, self._basis.clone()
+        if self.weight is not None:
+            add_low_rank(self.weight, self.value, old, self.param_id, seed)
+        else:
+            layer = self.sites[0][0]
+            assert isinstance(layer, ZOLinear) and layer.base_basis is not None and layer.base_coeff is not None
+            a, c = torch.cat([layer.base_basis, old], 1), torch.cat([layer.base_coeff, self.value], 1)
+            a, c, error = recompress(a, c, layer.base_basis.shape[1])
+            layer.base_basis.copy_(a)
+            layer.base_coeff.copy_(c)
+        self.value.zero_()
+        one = torch.ones(1, device=seed.device)
+        torch.ops.zoact.zo_perturb_(self._basis.zero_(), seed, one, self.basis_id)
+        return old.T @ self._basis / len(old), error
+
+    def check(self) -> None:
+        owner, key = self.sites[0]
+        if isinstance(owner, ZOLinear):
+            same = owner.coeff is self.value and owner.basis is self._basis
+        else:
+            same = isinstance(owner, Perturbed) and owner.zo_factors[key][1] is self.value
+        if not same or (self.weight is not None and getattr(owner, key).data_ptr() != self.weight.data_ptr()):
+            raise RuntimeError(f"{self.name} has other tensors since; create the optimizer after moving the model")
+
+    def held(self) -> dict[str, Tensor]:
+        if self.weight is not None:
+            return {"weight": self.weight}
+        layer = self.sites[0][0]
+        assert isinstance(layer, ZOLinear) and layer.base_basis is not None and layer.base_coeff is not None
+        return {"base_basis": layer.base_basis, "base_coeff": layer.base_coeff}
+
+    def take(self, held: Mapping[str, Tensor]) -> None:
+        mine = self.held()
+        if self.weight is None and held.keys() == mine.keys():  # a delta that began with more has more columns
+            width = held["base_basis"].shape[-1]
+            mine = {key: tensor.new_zeros(tensor.shape[0], width) for key, tensor in mine.items()}
+        check_entries(held, mine, f"state of {self.name}")
+        for key, tensor in mine.items():
+            tensor.copy_(held[key])
+        if self.weight is None:
+            layer = self.sites[0][0]
+            layer.base_basis, layer.base_coeff = mine["base_basis"], mine["base_coeff"]
+
+    def written(self) -> list[Tensor]:
+        return [] if self.weight is None else [self.weight]
+
+    def whole(self) -> Tensor | None:
+        """W + C V^T, a copy on the CPU; None for a frozen W."""
+        if self.weight is None:
+            return None
+        return (self.weight.float() + self.value.detach() @ self._basis.T).to(self.weight.dtype).cpu()
+
+    def anatomy(self) -> dict[str, Any]:
+        owner, R = self.sites[0][0], self.value.shape[1]
+        N, K = self.value.shape[0], self._basis.shape[0]
+        told = {"name": self.name, "param_id": int(self.param_id)}
+        if not isinstance(owner, ZOLinear):
+            assert self.weight is not None
+            return {**told, "shape": [N, K], "dtype": str(self.weight.dtype).removeprefix("torch."), "rank": R}
+        dtype = "" if self.weight is None else str(self.weight.dtype).removeprefix("torch.")
+        return {**told, "out_features": N, "in_features": K, "rank": R, "origin": owner.origin, "written": dtype}
+
+
+def add_low_rank(w: Tensor, coeff: Tensor, basis: Tensor, param_id: Tensor, seed: Tensor) -> None:
+    """w [N, K] += coeff basis^T, in place; in 16 bits from fp32, rounded stochastically by `seed`."""
+    if w.dtype == torch.float32:
+        w.addmm_(coeff, basis.T)
+        return
+    rows = max(1, CHUNK // w.shape[1])
+    for start in range(0, len(w), rows):
+        panel = w[start : start + rows].float().addmm_(coeff[start : start + rows], basis.T)
+        w[start : start + rows] = rng.round_stochastic(panel, w.dtype, seed, param_id, row_offset=start)
+
+
 def probe_dense(layer: ZOLinear, x: Tensor, sigmas: Tensor, bias: Tensor | None) -> Tensor:
     """y_g = x_g (W + sum_s sigmas[g, s] Z_s)^T + bias."""
     p = layer.perturbation
@@ -150,10 +306,11 @@ def probe_dense(layer: ZOLinear, x: Tensor, sigmas: Tensor, bias: Tensor | None)
     )  # fmt: skip
 
 
-def weights(model: nn.Module, handle: Perturbation) -> list[Weight]:
+def weights(model: nn.Module, handle: Perturbation, *, swapped: bool = True) -> list[Weight]:
     """Every parameter of a dense model, in module order, one that is tied once; `handle` is what perturbs them.
 
-    Raises ValueError for weights that are stored in few bits, and layers with coefficients of their own.
+    swapped: False leaves out the weights of swapped layers and packed tables, which may then be in few bits. Raises
+    ValueError for such weights otherwise, and for layers with coefficients of their own.
     """
     found: list[Weight] = []
     known: dict[int, Weight] = {}  # by the id of the parameter
@@ -170,12 +327,12 @@ def weights(model: nn.Module, handle: Perturbation) -> list[Weight]:
 
     for name, module in list(model.named_modules()):
         prefix = rng.strip_prefixes(f"{name}.") if name else ""
-        if isinstance(module, PackedEmbedding) or (isinstance(module, ZOLinear) and module.format != "dense"):
+        if swapped and (isinstance(module, PackedEmbedding) or (isinstance(module, ZOLinear) and module.frozen)):
             raise ValueError(
                 f"{name} is {module.format}, frozen, and this method trains the weights themselves: take the dense "
                 "twin of the model (--dense, swap.dense_twin), or a method that trains something beside the weights"
             )
-        if isinstance(module, ZOLinear):
+        if isinstance(module, ZOLinear) and swapped:
             if module.coeff is not None or module.base_coeff is not None:
                 raise ValueError(f"{name} has coefficients beside its weight; swap with rank=0, or merge them first")
             if module.layout != "row":
@@ -183,6 +340,7 @@ def weights(model: nn.Module, handle: Perturbation) -> list[Weight]:
                 module.weight, module.layout = row.weight, "row"
             module.probe = probe_dense
             found.append(Weight(f"{prefix}weight", module, "weight", module.param_id))
+        if isinstance(module, ZOLinear):
             if module.bias is not None:
                 module.bias_id = param_id(f"{prefix}bias", module.bias.device)
                 found.append(Weight(f"{prefix}bias", module, "bias", module.bias_id))
@@ -203,6 +361,20 @@ def weights(model: nn.Module, handle: Perturbation) -> list[Weight]:
         if ids:
             perturb(module, name, ids, handle)
     return found
+
+
+def low_rank(model: nn.Module, handle: Perturbation, rank: int, delta_rank: int) -> list[Trainable]:
+    """Every matrix of a linear or a table as LowRank, every other parameter itself; packed tables stay as they are."""
+    layers = [LowRank.of_layer(name, layer, rank, delta_rank) for name, layer in zo_layers(model).items()]
+    if not layers:
+        raise ValueError("`model` has no ZOLinear layer: swap it first")
+    others = weights(model, handle, swapped=False)
+    found: list[Trainable] = [*layers]
+    for w in others:
+        matrix = w.key == "weight" and all(isinstance(owner, ZODense | ZOEmbedding) for owner, _ in w.sites)
+        found.append(LowRank.of_weight(w, rank) if matrix else w)
+    order = {rng.strip_prefixes(name): i for i, (name, _) in enumerate(model.named_modules())}
+    return sorted(found, key=lambda t: order[t.parameter.rpartition(".")[0]])  # a replay finds them in this order
 
 
 def coefficients(model: nn.Module) -> list[Trainable]:

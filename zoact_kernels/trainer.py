@@ -216,6 +216,8 @@ class _Run:
                 log.add_step(row)
                 metrics.step(row)
                 self.watch.stepped(row, result)
+                if result.note:
+                    self.watch.said(f"step {row.step}: {result.note}")
                 if result.skipped:
                     self.watch.said(f"step {row.step} skipped, nothing changed: {result.reason}")
                 if recipe.snapshot_every and log.done % recipe.snapshot_every == 0:
@@ -308,7 +310,7 @@ def base_hash(model: nn.Module, without: ZeroOrder | None = None) -> str:
     weights that `without` trains.
     """
     digest = hashlib.sha256()
-    trained = {t.value.data_ptr() for t in without.trainables.values()} if without else set()
+    trained = {w.data_ptr() for t in without.trainables.values() for w in t.written()} if without else set()
     layers = zo_layers(model)
     for name, layer in layers.items():
         digest.update(f"{name}|{layer.format}|{layer.group_size}|{layer.out_features}|{layer.in_features}|".encode())
@@ -392,7 +394,7 @@ def _begin(
     anatomy = [trainable.anatomy() for trainable in optimizer.trainables.values()]
     causal_lm = hasattr(model, "lm_head")  # for the adapter's task type
     meta = {"layers": anatomy, "energies": energies, "causal_lm": causal_lm}
-    if METHODS[recipe.method].dense:
+    if any(trainable.written() for trainable in optimizer.trainables.values()):
         meta["frozen_hash"] = base_hash(model, optimizer)
     return optimizer, meta
 

@@ -52,6 +52,7 @@ class StepResult:
     signal: float
     floor: float
     better_sigma: float | None = None
+    note: str = ""  # what the method has to tell of this step
 
     @property
     def loss(self) -> float:
@@ -138,6 +139,7 @@ class ZeroOrder:
         self.sigma, self.queries, self.sides, self.scaling, self.clip = sigma, queries, sides, scaling, clip
         self.mode, self.noise, self.seed, self.floor_every = mode, noise, seed, floor_every
         self.lr, self.schedule, self.steps, self.warmup = lr, schedule, steps, warmup
+        self.note = ""  # of the step at hand
         self.iteration = 0  # steps taken, skipped ones included: the next step's number
         self.trainables = {t.name: t for t in self.find(model, release(model))}
         self.rule = optim.RULES[optimizer](
@@ -168,6 +170,10 @@ class ZeroOrder:
 
     def refresh(self) -> None:
         """Bring what changes from step to step (a basis, say) to step `iteration`; steps and replay both call it."""
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What a method's own state is, besides that of its trainables: the tensors themselves, by name."""
+        return {}
 
     @classmethod
     def adopt(cls, model: nn.Module, layers: Sequence[str], state: Mapping[str, Tensor]) -> None:
@@ -248,8 +254,8 @@ class ZeroOrder:
         """Copies of all that a bit-exact resume needs besides the arguments: values, bases, moments, counters.
 
         Flat and tensors only, so it can be a safetensors file: "seed", "iteration", "floor", "rule/...",
-        "coeff/<name>" the value, "held/<name>/<key>" what else a trainable has, "basis/<i>" once for all trainables
-        that share it, "basis_of" int64 [L], the i of each trainable, -1 for none.
+        "method/<key>", "coeff/<name>" the value, "held/<name>/<key>" what else a trainable has, "basis/<i>" once for
+        all trainables that share it, "basis_of" int64 [L], the i of each trainable, -1 for none.
         """
         unique: list[Tensor] = []
         basis_of = []
@@ -270,6 +276,7 @@ class ZeroOrder:
         state |= {f"coeff/{name}": value.detach().clone() for name, value in self.rule.coeffs.items()}
         for name, trainable in self.trainables.items():
             state |= {f"held/{name}/{key}": tensor.detach().clone() for key, tensor in trainable.held().items()}
+        state |= {f"method/{key}": tensor.clone() for key, tensor in self.own_state().items()}
         return state | {f"rule/{key}": value for key, value in self.rule.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -287,6 +294,7 @@ class ZeroOrder:
         wanted = {"seed": torch.tensor(0), "iteration": torch.tensor(0), "floor": torch.tensor(0.0)}
         wanted["basis_of"] = torch.zeros(len(self.trainables), dtype=torch.int64)
         wanted |= {f"coeff/{name}": value for name, value in self.rule.coeffs.items()}
+        wanted |= {f"method/{key}": tensor for key, tensor in self.own_state().items()}
         known = {f"held/{name}/{key}" for name, tensors in held.items() for key in tensors} | bases.keys()
         rest = {key: value for key, value in state.items() if not key.startswith("rule/") and key not in known}
         optim.check_entries(rest, wanted, "state of the optimizer")
@@ -306,6 +314,8 @@ class ZeroOrder:
             trainable.take(held[name])
             with torch.no_grad():
                 self.rule.coeffs[name].copy_(state[f"coeff/{name}"])
+        for key, tensor in self.own_state().items():
+            tensor.copy_(state[f"method/{key}"])
         self.seed, self.iteration = int(state["seed"]), int(state["iteration"])
         self.floor = float(state["floor"])
         self._recent.clear()
@@ -345,8 +355,9 @@ class ZeroOrder:
         reason = self._reason(losses, weights) if bool(self.rule.skip) else ""
         self.rule.finish()
         self.iteration += 1
+        note, self.note = self.note, ""
         return StepResult(
-            step, seeds, losses, weights, lr, bool(reason), reason, signal, self.floor, self._advice(signal)
+            step, seeds, losses, weights, lr, bool(reason), reason, signal, self.floor, self._advice(signal), note
         )
 
     def _rate(self) -> float:

@@ -402,7 +402,7 @@ def test_create():
     zo = methods.create("zo-act-one-sided", toy(), queries=3)
     assert zo.sides == "one-sided" and zo.groups == 4
     with pytest.raises(ValueError, match="known are zo-act, zo-act-one-sided"):
-        methods.create("mezo", toy())
+        methods.create("no-such", toy())
 
 
 @pytest.mark.parametrize(

@@ -270,3 +270,20 @@ class _Energy:
     def captured(self, rank: int) -> tuple[float, float]:
         energy, without = (self.columns[:, :rank].sum(dim=1) / self.whole).tolist()
         return energy, without
+
+
+def recompress(basis: Tensor, coeff: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best delta C A^T of rank `rank` to one of a larger rank: (A [K, rank] orthonormal, C [N, rank], error).
+
+    basis [K, r], coeff [N, r]. error: what is lost, relative in the Frobenius norm. No N x K matrix is made: with
+    A = Q_a R_a and C = Q_c R_c it is the SVD of R_c R_a^T. Surplus columns of a smaller delta are zero.
+    """
+    q_a, r_a = torch.linalg.qr(basis.double())
+    q_c, r_c = torch.linalg.qr(coeff.double())
+    u, s, v = torch.linalg.svd(r_c @ r_a.T, full_matrices=False)
+    kept = min(rank, len(s))
+    new_basis, new_coeff = basis.new_zeros(basis.shape[0], rank), coeff.new_zeros(coeff.shape[0], rank)
+    new_basis[:, :kept] = q_a @ v[:kept].T
+    new_coeff[:, :kept] = q_c @ (u[:, :kept] * s[:kept])
+    whole = float(s.square().sum().sqrt())
+    return new_basis, new_coeff, float(s[kept:].square().sum().sqrt()) / whole if whole else 0.0

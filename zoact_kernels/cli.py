@@ -5,7 +5,9 @@ Errors that a user can mend are one line and exit code 2; `--debug` anywhere sho
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import json
 import math
 import re
 import subprocess
@@ -110,6 +112,20 @@ def _ranks(text: str) -> dict[str, int]:
     return ranks
 
 
+def _values(items: list[str]) -> dict[str, Any]:
+    """["rank=4", "over_rank=true"] -> {"rank": 4, "over_rank": True}: numbers and truth values as JSON, else text."""
+    values: dict[str, Any] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        if not name or not equals:
+            raise ValueError(f"`--option` has {item!r}; it is of the form name=value")
+        try:
+            values[name] = json.loads(text)
+        except ValueError:
+            values[name] = text
+    return values
+
+
 def _option(text: str, *names: str) -> Any:
     return typer.Option(*names, help=text)
 
@@ -127,11 +143,16 @@ def finetune(
     completion: Annotated[str, _option("template of the answer, instead of --labels")] = "",
     separator: Annotated[str, _option("between prompt and answer")] = " ",
     max_length: Annotated[int, _option("tokens of a sequence; prompts lose their beginning")] = 512,
+    method: Annotated[str, _option("what is perturbed and how it moves: see `zoact methods`")] = Recipe.method,
+    option: Annotated[list[str] | None, _option("argument that only the method has: name=value (repeat)")] = None,
     rank: Annotated[int, _option("rank of each layer's basis")] = 1,
     ranks: Annotated[str, _option("ranks of their own: '*.q_proj=4,*.down_proj=0'")] = "",
     target: Annotated[list[str] | None, _option("pattern of layers to train (repeat; default all)", "--target")] = None,
     format: Annotated[str, _option("of weights that are dense in the file: int4, int8, nf4, fp4, dense")] = "int4",
     group_size: Annotated[int | None, _option("weights per scale, -1 for a row")] = None,
+    dense: Annotated[
+        bool, _option("train the dense twin of a low-bit model (methods that move the weights)", "--dense")
+    ] = False,
     dtype: Annotated[str, _option("activations: float32, bfloat16, float16")] = "float32",
     device: Annotated[str, _option("cpu, cuda or cuda:1")] = "cpu",
     adapter: Annotated[str, _option("PEFT LoRA directory to continue from")] = "",
@@ -141,17 +162,17 @@ def finetune(
         int, _option("batches among which examples of similar length meet (0: any)")
     ] = Recipe.length_window,
     micro_batch: Annotated[int, _option("examples of a step at a time (0: all)")] = Recipe.micro_batch,
-    lr: Annotated[float, _option("learning rate on C")] = Recipe.lr,
-    sigma: Annotated[float, _option("perturbation radius")] = Recipe.sigma,
-    queries: Annotated[int, _option("directions a step")] = Recipe.queries,
-    sides: Annotated[str, _option("two-sided, one-sided or leave-one-out")] = Recipe.sides,
-    scaling: Annotated[str, _option("of the differences: plain, std, clipped, sign")] = Recipe.scaling,
+    lr: Annotated[float | None, _option("learning rate")] = Recipe.lr,
+    sigma: Annotated[float | None, _option("perturbation radius")] = Recipe.sigma,
+    queries: Annotated[int | None, _option("directions a step")] = Recipe.queries,
+    sides: Annotated[str | None, _option("two-sided, one-sided or leave-one-out")] = Recipe.sides,
+    scaling: Annotated[str | None, _option("of the differences: plain, std, clipped, sign")] = Recipe.scaling,
     mode: Annotated[str, _option("stacked (one forward) or sequential (less memory)")] = Recipe.mode,
-    optimizer: Annotated[str, _option("adam, adamw, sgd, momentum, sign")] = Recipe.optimizer,
-    weight_decay: Annotated[float, _option("weight decay on C")] = Recipe.weight_decay,
+    optimizer: Annotated[str | None, _option("adam, adamw, sgd, momentum, sign")] = Recipe.optimizer,
+    weight_decay: Annotated[float | None, _option("weight decay")] = Recipe.weight_decay,
     schedule: Annotated[str, _option("constant, linear or cosine")] = Recipe.schedule,
     warmup: Annotated[int, _option("steps of rising learning rate")] = Recipe.warmup,
-    noise: Annotated[str, _option("normal or rademacher")] = Recipe.noise,
+    noise: Annotated[str | None, _option("normal or rademacher")] = Recipe.noise,
     seed: Annotated[int, _option("the whole of the randomness")] = Recipe.seed,
     basis_batches: Annotated[int, _option("batches the basis is made of")] = Recipe.basis_batches,
     basis_method: Annotated[str, _option("gram, svd or power")] = Recipe.basis_method,
@@ -165,7 +186,7 @@ def finetune(
     tiles: Annotated[Path | None, _option("table of Triton tiles that `zoact tune` wrote for this GPU")] = None,
     resume: Annotated[bool, _option("continue the run in --out; other options come from it", "--resume")] = False,
 ) -> None:
-    """Fine-tune a model, or continue a run that ended early."""
+    """Fine-tune a model, or continue a run that ended early. Where no default is shown it is the method's own."""
     from . import finetune as room
 
     _set_threads(threads)
@@ -176,10 +197,11 @@ def finetune(
     options = dict(context.params)
     options["labels"] = parse_label_words(labels) if labels else {}
     options["ranks"], options["targets"] = _ranks(ranks), tuple(target or ())
+    options["options"] = _values(option or [])
     if resume:
         job, recipe = room.logged_job(out)
         given = {n for n in context.params if str(context.get_parameter_source(n)).endswith("COMMANDLINE")}
-        given |= {"targets"} if "target" in given else set()
+        given |= {plural for one, plural in (("target", "targets"), ("option", "options")) if one in given}
         options = {name: value for name, value in options.items() if name in given}
         job, recipe = replace(job, **_of(room.Job, options)), replace(recipe, **_of(Recipe, options))
     else:
@@ -245,7 +267,7 @@ def replay(
     adapter: Annotated[Path | None, _option("write the rebuilt adapter (PEFT LoRA) here")] = None,
 ) -> None:
     """Rebuild C from the log alone, without the model, and compare it with the snapshots."""
-    from .integrations.peft import export_lora
+    from .finetune import export as write
     from .replay import replay as rebuild
 
     with RunLog.open(run) as log:
@@ -254,7 +276,7 @@ def replay(
         console.print(f"after {step} steps: {'identical' if same else 'DIFFERENT'}")
     console.print(f"{rebuilt.steps} steps replayed, C has sha256 {rebuilt.coeff_hash}")
     if adapter is not None:
-        export_lora(rebuilt.model, adapter, name)
+        write(rebuilt.model, rebuilt.optimizer, adapter, name)
         console.print(f"adapter written to {adapter}")
     if not rebuilt.identical:
         raise RunError(f"{run}: the log does not give the C of its snapshots")
@@ -266,15 +288,32 @@ def export(
     out: Annotated[Path, _option("directory of the adapter (PEFT LoRA)")],
 ) -> None:
     """Write the adapter of a run as it stands after its last logged step; the model is not needed."""
-    from .integrations.peft import export_lora
+    from .finetune import export as write
     from .replay import skeleton
     from .trainer import restore
 
     with RunLog.open(run) as log:
         layers = skeleton(log)
-        restore(layers, log, Recipe(**log.meta["recipe"]), Display())
-        export_lora(layers, out, log.meta.get("job", {}).get("model"))
+        optimizer = restore(layers, log, Recipe(**log.meta["recipe"]), Display())
+        write(layers, optimizer, out, log.meta.get("job", {}).get("model"))
         console.print(f"adapter after {log.done} steps written to {out}")
+
+
+@app.command()
+def methods() -> None:
+    """The methods: what each trains, its defaults where they are its own, where it was published."""
+    from .methods import METHODS, ZeroOrder, arguments
+
+    table = Table("method", "what it trains", "its own defaults", "published", "replay", "weights")
+    usual = {p.name: p.default for p in inspect.signature(ZeroOrder.__init__).parameters.values()}
+    for name, method in METHODS.items():
+        own = arguments(name).items()
+        told = ", ".join(f"{key} {value}" for key, value in own if key not in usual or value != usual[key])
+        replayed, weights = "yes" if method.replayable else "no", "dense" if method.dense else "any"
+        table.add_row(name, method.summary, told, method.paper, replayed, weights)
+    console.print(table)
+    told = ", ".join(f"{key} {value}" for key, value in usual.items() if value not in (None, inspect.Parameter.empty))
+    console.print(f"all others: {told}")
 
 
 @app.command()

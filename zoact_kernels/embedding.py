@@ -61,6 +61,11 @@ class PackedEmbedding(nn.Module):
         return bool(self._head)
 
     @property
+    def head(self) -> HoldsPacked | None:
+        """The head that the table is tied to."""
+        return self._head[0] if self._head else None
+
+    @property
     def weight(self) -> Tensor:
         """The packed codes, for code that asks an embedding for its device; `dequantize` gives [N, K]."""
         return self.packed().weight

@@ -18,12 +18,13 @@ import re
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from . import demo, memory
@@ -32,12 +33,13 @@ from .integrations.peft import export_lora, import_lora
 from .integrations.transformers import load_model
 from .layers import zo_layers
 from .losses import Batch, group_losses
-from .methods import ZOAct
+from .methods import METHODS
 from .plots import draw_curve
 from .rng import seed_for
 from .runlog import EvalRow, RunLog, update_hash, write_whole, writing
-from .swap import ZOConfig
+from .swap import ZOConfig, dense_twin
 from .trainer import Recipe, Result, Watch, base_hash, train
+from .zeroth_order import ZeroOrder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -49,6 +51,7 @@ class Job:
     model: GGUF file or Hugging Face directory. train, eval: files for `data.read`; or demo: name of a packaged task.
     prompt, labels, label_column, completion, separator, mean: see `data.Task`.
     rank, ranks, format, group_size, quantizer: see `swap.ZOConfig` (a GGUF keeps its own formats).
+    dense: train the dense twin of the model, its weights in `dtype`; for methods that move the weights themselves.
     device: "cpu", or where torch sees one "cuda" or "cuda:1".
     targets: patterns of the layers that get a rank (none: all).
     adapter: a PEFT LoRA to continue from; layers it doesn't name aren't trained.
@@ -72,6 +75,7 @@ class Job:
     format: str = "int4"
     group_size: int | None = None
     quantizer: str = "mse"
+    dense: bool = False
     dtype: str = "float32"
     device: str = "cpu"
     adapter: str = ""
@@ -115,7 +119,7 @@ class Job:
 
     def claims(self) -> dict[str, Any]:
         """What a resumed run has to repeat, besides its recipe, base and data."""
-        kept = ("rank", "ranks", "targets", "dtype", "adapter")
+        kept = ("rank", "ranks", "targets", "dense", "dtype", "adapter")
         return {name: json.loads(json.dumps(getattr(self, name))) for name in kept}
 
 
@@ -155,7 +159,7 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run has come to. `base_unchanged`: the hash of the base weights after is the one from before."""
+    """What a run has come to. `base_unchanged`: what the method does not train has the hash that it had before."""
 
     directory: Path
     result: Result
@@ -177,7 +181,8 @@ def load(job: Job, *, adapter: bool = True) -> Loaded:
     """
     task, training, held_out = job.examples()
     config = ZOConfig(
-        format=job.format, group_size=job.group_size, rank=job.rank, ranks=job.ranks, quantizer=job.quantizer,
+        format="dense" if job.dense else job.format, group_size=None if job.dense else job.group_size,
+        rank=job.rank, ranks=job.ranks, quantizer=job.quantizer,
         layout=None if job.device == "cpu" else "row",  # the move brings it into the device's own
     )  # fmt: skip
     model, tokenizer, _ = load_model(
@@ -187,6 +192,8 @@ def load(job: Job, *, adapter: bool = True) -> Loaded:
         dtype=DTYPES[job.dtype],
         task="classification" if job.classifier else "causal-lm",
     )
+    if job.dense:
+        dense_twin(model, DTYPES[job.dtype])
     model.to(job.device)
     if tokenizer is None:
         raise ValueError(f"`model` is {job.model!r}, which has no tokenizer beside its weights")
@@ -209,6 +216,8 @@ def finetune(
 ) -> tuple[Outcome, Loaded]:
     """Run or resume a job in `directory`; see `trainer.train` for what ends it and what it raises."""
     watch = watch or Watch()
+    if METHODS[recipe.method].basis != "activations":
+        job = replace(job, rank=0, ranks={})
     watch.said(f"loading {job.model}")
     loaded = load(job, adapter=not resume)
     held_out = loaded.held_out
@@ -226,13 +235,28 @@ def finetune(
     text = json.dumps({"job": asdict(job), "recipe": asdict(recipe)}, indent=2) + "\n"
     write_whole(directory / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
     with writing(str(directory / "adapter")):
-        export_lora(loaded.model, directory / "adapter", job.model)
+        export(loaded.model, result.optimizer, directory / "adapter", job.model)
     with RunLog.open(directory) as log:
         try:
             draw_curve(log, directory / "curve.png")
         except ImportError:
             watch.said("no curve.png: matplotlib is not installed (pip install matplotlib)")
         return _outcome(log, result, loaded.model), loaded
+
+
+def export(model: nn.Module, optimizer: ZeroOrder, directory: Path, base: str | None) -> None:
+    """What was trained: a PEFT LoRA of what stands beside the weights, `trained.safetensors` of weights themselves.
+
+    The latter holds each trained parameter under the name and in the shape that it has in the base model.
+    """
+    found = {t.parameter: t.whole() for t in optimizer.trainables.values()}
+    tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
+    if len(tensors) < len(found):
+        export_lora(model, directory, base)
+    if not tensors:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    write_whole(directory / "trained.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
 
 
 def logged_job(directory: Path) -> tuple[Job, Recipe]:
@@ -245,6 +269,8 @@ def _outcome(log: RunLog, result: Result, model: nn.Module) -> Outcome:
     rows, evals = list(log.steps()), log.evals("eval")
     seconds = sum(row.seconds for row in rows)
     now = base_hash(model)
+    trained = "frozen_hash" in log.meta
+    frozen = base_hash(model, result.optimizer) == log.meta["frozen_hash"] if trained else now == log.meta["base_hash"]
     return Outcome(
         directory=log.directory,
         result=result,
@@ -256,7 +282,7 @@ def _outcome(log: RunLog, result: Result, model: nn.Module) -> Outcome:
         log_bytes=sum(path.stat().st_size for path in log.directory.glob("run.sqlite*")),
         adapter_bytes=sum(path.stat().st_size for path in (log.directory / "adapter").iterdir()),
         base_hash=now,
-        base_unchanged=now == log.meta["base_hash"],
+        base_unchanged=frozen,
     )
 
 
@@ -301,7 +327,7 @@ class Costs:
     rows: int
 
 
-def compare_costs(optimizer: ZOAct, batch: Batch, repeats: int = 9) -> Costs:
+def compare_costs(optimizer: ZeroOrder, batch: Batch, repeats: int = 9) -> Costs:
     """Measure both on `batch`; the optimizer's state is put back afterwards.
 
     The plain forward is the same model without its side path (what rank 0 runs), the same G copies of the batch through

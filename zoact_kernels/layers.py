@@ -8,7 +8,9 @@ Only C is trained. Outside `perturbed(...)` the sum is absent and the layer is a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +63,59 @@ class Perturbation:
         else:
             self.sigmas = sigmas.clone()
         self.groups, self.noise, self.leading = sigmas.shape[0], noise, leading
+
+    def sigmas_of(self, name: str, x: Tensor, row_group: int | None = None) -> Tensor:
+        """Sigmas [groups, S] of the row groups in x, whose leading size they divide; of `row_group` alone where given.
+
+        Raises ValueError, with the name of the layer, where the model has regrouped rows (design law 2.10).
+        """
+        if row_group is not None:
+            return self.sigmas[row_group : row_group + 1]
+        if x.shape[0] % self.groups or (self.leading and x.shape[0] not in self.leading):
+            allowed = " or ".join(map(str, self.leading)) if self.leading else f"a multiple of {self.groups}"
+            raise ValueError(
+                f"layer {name!r} got x of shape {tuple(x.shape)}, but with {self.groups} row groups its leading size "
+                f"has to be {allowed}: the model regroups rows here; leave the layer out of the swap or pass row_group"
+            )
+        return self.sigmas
+
+
+class Mask(NamedTuple):
+    """Which entries of a parameter take part: "magnitude" |w| <= value, or "random" a share `value` of them by `seed`.
+
+    value fp32 [1], seed int64 [1]: on the device of the parameter. A magnitude is that of the clean weight, so that
+    probes and update agree on it.
+    """
+
+    kind: str = "none"
+    value: Tensor | None = None
+    seed: Tensor | None = None
+
+
+# (layer, x, sigmas of the row groups in x, bias to add) -> y
+Probe = Callable[["ZOLinear", Tensor, Tensor, "Tensor | None"], Tensor]
+
+
+def group_values(
+    value: Tensor,
+    p: Perturbation,
+    sigmas: Tensor,
+    param_id: Tensor,
+    mask: Mask = Mask(),  # noqa: B008
+) -> Tensor:
+    """value + sum_s sigmas[g, s] Z_s of every row group g, fp32 [groups, *value.shape]: a copy each, so for vectors."""
+    moved = value.detach().float().expand(sigmas.shape[0], *value.shape).clone(memory_format=torch.contiguous_format)
+    for row, own in zip(moved, sigmas, strict=True):
+        torch.ops.zoact.zo_perturb_(
+            row.view(1, -1), p.seeds, own, param_id, None, None, mask.value, mask.seed, None, p.noise, mask.kind
+        )
+    return moved
+
+
+def add_per_group(y: Tensor, values: Tensor) -> Tensor:
+    """y [groups * m, ..., n] plus values [groups, n], each to its own rows."""
+    groups, n = values.shape
+    return (y.reshape(groups, -1, n) + values[:, None]).to(y.dtype).view(y.shape)
 
 
 def best_layout(device: torch.device) -> str:
@@ -132,6 +187,10 @@ class ZOLinear(nn.Module):
         self.origin = "linear"  # what `unswap` makes of it again: "linear", "conv1d" or "linear4bit"
         self.dense_dtype = torch.float32  # of the weight that `unswap` restores
         self.perturbation = perturbation or Perturbation()
+        self.frozen = packed.format != "dense"  # no method may write the weight
+        self.probe: Probe | None = None  # how a method perturbs the weight, if not by C
+        self.bias_id: Tensor | None = None  # int64 [1], of the bias' noise, if a method moves that too
+        self.mask, self.bias_mask = Mask(), Mask()  # of what a dense method moves
         device = packed.weight.device
         self.register_buffer("weight", packed.weight)
         self.register_buffer("scale", packed.scale)
@@ -201,19 +260,25 @@ class ZOLinear(nn.Module):
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"`x` has shape {tuple(x.shape)}; layer {self.name!r} has in_features={self.in_features}")
+        p = self.perturbation
+        if p.active and self.bias_id is not None and self.bias is not None:
+            own = p.sigmas_of(self.name, x, row_group)
+            return add_per_group(
+                self._forward(x, row_group, None), group_values(self.bias, p, own, self.bias_id, self.bias_mask)
+            )
+        return self._forward(x, row_group, self.bias)
+
+    def _forward(self, x: Tensor, row_group: int | None, bias: Tensor | None) -> Tensor:
         seeds = sigmas = None
         groups = 1
         p = self.perturbation
-        if p.active and self.coeff is not None:
-            seeds, sigmas = p.seeds, p.sigmas
-            if row_group is None:
-                groups = p.groups
-                if x.shape[0] % groups or (p.leading and x.shape[0] not in p.leading):
-                    self._regrouped(x)
-            else:
-                sigmas = sigmas[row_group : row_group + 1]
+        if p.active and (self.coeff is not None or self.probe is not None):
+            seeds, sigmas = p.seeds, p.sigmas_of(self.name, x, row_group)
+            groups = sigmas.shape[0]
             if self.sigma_scale is not None:
                 sigmas = sigmas * self.sigma_scale
+            if self.probe is not None:
+                return self.probe(self, x, sigmas, bias)
             if self.basis is None:
                 raise RuntimeError(f"layer {self.name!r} has no basis yet; call compute_basis or set_basis first")
         side = self.coeff is not None and self.basis is not None
@@ -223,7 +288,7 @@ class ZOLinear(nn.Module):
             self.scale,
             self.offset,
             self.nested,
-            self.bias,
+            bias,
             self.base_basis,
             self.base_coeff,
             self.basis if side else None,
@@ -239,14 +304,6 @@ class ZOLinear(nn.Module):
             self.out_features,
             p.noise,
             groups,
-        )
-
-    def _regrouped(self, x: Tensor) -> None:
-        p = self.perturbation
-        allowed = " or ".join(map(str, p.leading)) if p.leading else f"a multiple of {p.groups}"
-        raise ValueError(
-            f"layer {self.name!r} got x of shape {tuple(x.shape)}, but with {p.groups} row groups its leading size has "
-            f"to be {allowed}: the model regroups rows here; leave the layer out of the swap or pass row_group"
         )
 
     def packed(self) -> PackedWeight:
@@ -384,11 +441,34 @@ def perturbation_of(model: nn.Module) -> Perturbation:
     Raises:
         ValueError: the model has no ZOLinear, or its layers come from different models.
     """
-    found = {id(layer.perturbation): layer.perturbation for layer in zo_layers(model).values()}
+    found = {id(module.perturbation): module.perturbation for module in _perturbable(model)}
     if len(found) != 1:
         what = "no ZOLinear layer: swap it first" if not found else "layers of several swapped models"
         raise ValueError(f"`model` has {what}")
     return next(iter(found.values()))
+
+
+def release(model: nn.Module) -> Perturbation:
+    """No method perturbs anything but C of `model` any more; the handle of its layers, a new one where it has none."""
+    for module in model.modules():
+        if isinstance(module, ZOLinear):
+            module.probe = module.bias_id = None
+            module.mask = module.bias_mask = Mask()
+        elif isinstance(module, Released):
+            module.release()
+    found = _perturbable(model)
+    return perturbation_of(model) if found else Perturbation()
+
+
+class Released:
+    """Mixed into the modules of `parameters`, which a method perturbs: back to what they were."""
+
+    def release(self) -> None:
+        raise NotImplementedError
+
+
+def _perturbable(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(getattr(m, "perturbation", None), Perturbation)]
 
 
 @contextlib.contextmanager
@@ -408,7 +488,8 @@ def perturbed(
     handle = perturbation_of(model)
     if handle.active:
         raise RuntimeError("`model` is perturbed already; `perturbed` blocks do not nest")
-    device = next(iter(zo_layers(model).values())).weight.device
+    first = _perturbable(model)[0]
+    device = next(itertools.chain(first.buffers(), first.parameters())).device
     for name, tensor in (("seeds", seeds), ("sigmas", sigmas)):
         if tensor.device != device:
             raise ValueError(f"`{name}` is on {tensor.device}; the model is on {device}: move it there")

@@ -1,433 +1,315 @@
-"""A zeroth-order step, and the published methods as named combinations of the rooms above.
+"""The published methods, each a short class over the general step: its formulas, its defaults, what it trains.
 
-    step t:   seeds_j = seed_for(seed, t, j);  losses [G, B] of the row groups sigmas [G, S] (estimators)
-              weights [S] = estimator(losses), rounded to float32 once
-              C <- rule(C, sum_s weights[s] Z(seeds[s])), one launch (optim)
+    zo-act   C of every layer, right basis from activations, once                       arXiv 2607.01125
+    mezo     every parameter, dense normal noise, SGD                                   arXiv 2305.17333
+    fzoo     random signs, one-sided, differences divided by their spread               arXiv 2506.09034
+    sparse-mezo, zo-sparse   MeZO under a mask by magnitude, or by chance               arXiv 2402.15751, 2402.11592
+    zo-sign, zo-momentum, zo-adam   MeZO with another rule                              arXiv 2402.11592
+    lozo, lozo-m   U V^T, V renewed now and then, SGD or momentum in the factor         arXiv 2410.07698
 
-A step is a function of (C, moments, t) and of the losses, so (seeds, weights, lr, skipped) of every step is a complete
-log: `replay` rebuilds C from it without evaluating the model.
+Defaults are the published ones where there are any; they stand in the signature of `__init__`, the rest is ZeroOrder's.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import estimators, ops, optim, rng
-from .activations import evaluating
-from .layers import ZOLinear, perturbed, zo_layers
+from . import rng
+from .layers import Mask, Perturbation, ZOLinear, zo_layers
+from .trainables import Coefficients, LowRank, Trainable, Weight, coefficients, low_rank, weights
+from .zeroth_order import MODES, RECENT, Evaluation, LoggedStep, StepResult, ZeroOrder
 
-MODES = ("stacked", "sequential")
-RECENT = 20  # steps over which the signal is averaged before it is judged
-
-Evaluation = Callable[[int], Tensor]
-
-
-@dataclass(frozen=True)
-class Method:
-    """One published method: what it perturbs, how it estimates, how it moves. `arguments` go to ZOAct."""
-
-    name: str
-    paper: str
-    direction: str = "right-basis"
-    basis: str = "one-shot"  # when A is computed
-    replayable: bool = True
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+__all__ = [
+    "METHODS",
+    "MODES",
+    "RECENT",
+    "Evaluation",
+    "LoggedStep",
+    "StepResult",
+    "ZOAct",
+    "ZeroOrder",
+    "arguments",
+    "create",
+]
 
 
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method("zo-act", "arXiv 2607.01125"),
-        Method("zo-act-one-sided", "arXiv 2607.01125", arguments={"sides": "one-sided"}),
-    )
-}
-
-
-def create(method: str, model: nn.Module, **changes: Any) -> ZOAct:
-    """The optimizer of a named method; `changes` are further or other arguments of ZOAct."""
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; known are {', '.join(METHODS)}")
-    return ZOAct(model, **{**METHODS[method].arguments, **changes})
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step saw and did.
-
-    seeds int64 [S], losses float64 [G, B] (clean group first where there is one), weights float32 [S]: on the CPU, as
-    they were applied. signal: |f+ - f-| (|f_j - f_0|, |f_j - mean f|), mean over queries; floor: how much
-    of that is rounding, as last measured, NaN if never. skipped: nothing was changed, `reason` says why.
-    better_sigma: set when the recent signal drowns in the floor.
-    """
-
-    step: int
-    seeds: Tensor
-    losses: Tensor
-    weights: Tensor
-    lr: float
-    skipped: bool
-    reason: str
-    signal: float
-    floor: float
-    better_sigma: float | None = None
-
-    @property
-    def loss(self) -> float:
-        """Mean loss over groups and examples; of the clean group alone where there is one."""
-        odd = self.losses.shape[0] == len(self.seeds) + 1
-        return float((self.losses[0] if odd else self.losses).mean())
-
-
-class LoggedStep(Protocol):
-    """A row of a run log, as `replay` needs it; a StepResult is one."""
-
-    @property
-    def step(self) -> int: ...
-    @property
-    def seeds(self) -> Tensor: ...
-    @property
-    def weights(self) -> Tensor: ...
-    @property
-    def lr(self) -> float: ...
-    @property
-    def skipped(self) -> bool: ...
-
-
-class ZOAct:
-    """Trains the coefficients C of a swapped model from forward passes.
-
-        optimizer = ZOAct(model, sigma=1e-3, lr=1e-3)
-        inputs = optimizer.stack(batch)                        # G copies of the batch, one per row group
-        optimizer.step(lambda: losses_per_example(model(**inputs)))
-
-    sigma: perturbation radius. queries: directions per step. sides, scaling, clip: see `estimators`.
-    mode: "stacked" evaluates all groups in one forward; "sequential" one after the other, in the memory of one.
-    optimizer, betas, eps, weight_decay: see `optim`. lr, schedule, steps, warmup: see `optim.learning_rate`.
-    seed: with step and query the whole of the randomness; no global generator is read. noise: "normal" or "rademacher".
-    floor_every: every so many steps, from the first, the groups are evaluated once more at sigma / 32 to see how much
-        of a difference is rounding; 0 for never. It changes nothing that is trained.
+class ZOAct(ZeroOrder):
+    """W_eff = D(W) + (C +- sigma Z) A^T, A [K, R] the top directions of a layer's inputs, C trained, by Adam.
 
     Layers of rank 0 are left alone. Basis first (`compute_basis`): a basis set later gives a layer another C.
-    Raises ValueError for a model without trainable layers, and for any argument out of range.
     """
+
+    name, paper = "zo-act", "arXiv 2607.01125"
+    summary = "coefficients on a one-shot activation basis"
+    basis = "activations"
+
+    @property
+    def layers(self) -> dict[str, ZOLinear]:
+        """The trained layers by name."""
+        return {name: t.layer for name, t in self.trainables.items() if isinstance(t, Coefficients)}
+
+    def find(self, model: nn.Module, handle: Perturbation) -> list[Trainable]:
+        return coefficients(model)
+
+    @classmethod
+    def adopt(cls, model: nn.Module, layers: Sequence[str], state: Mapping[str, Tensor]) -> None:
+        found = zo_layers(model)
+        for name, layer in found.items():
+            if layer.rank and name not in layers:
+                layer.rank, layer.coeff, layer.basis = 0, None, None
+        device = next(iter(found.values())).param_id.device
+        bases = {key: a.to(device) for key, a in state.items() if key.startswith("basis/")}  # layers share them
+        for name, index in zip(layers, state["basis_of"].tolist(), strict=True):
+            found[name].set_basis(bases[f"basis/{index}"], state[f"coeff/{name}"].to(device))
+
+
+class ZOActOneSided(ZOAct):
+    """ZO-Act with forward differences, as a text that cites the paper has it."""
+
+    name = "zo-act-one-sided"
+    summary = "the same by forward differences"
+
+    def __init__(self, model: nn.Module, *, sides: str = "one-sided", **others: Any) -> None:
+        super().__init__(model, sides=sides, **others)
+
+
+class MeZO(ZeroOrder):
+    """theta +- sigma z, z ~ N(0, I);  d = (f+ - f-) / (2 sigma);  theta <- theta - lr (d z + wd theta).
+
+    All parameters take part, norms, biases and embeddings too, a tied head once. Weights in 16 bits are rounded
+    stochastically.
+    """
+
+    name, paper = "mezo", "arXiv 2305.17333"
+    summary = "all weights along dense normal noise, by SGD"
+    dense = True
+
+    def __init__(
+        self, model: nn.Module, *, sigma: float = 1e-3, lr: float = 1e-6, optimizer: str = "sgd", **others: Any
+    ) -> None:
+        super().__init__(model, sigma=sigma, lr=lr, optimizer=optimizer, **others)
+
+    def find(self, model: nn.Module, handle: Perturbation) -> list[Weight]:
+        return weights(model, handle)
+
+
+class FZOO(MeZO):
+    """u_j = +-1 entry by entry, one-sided;  theta <- theta - lr / (q std(f_1 ... f_q)) sum_j (f_j - f_0) u_j.
+
+    The released code's form, to which its lr belongs: std of the population, and no sigma in the update.
+    """
+
+    name, paper = "fzoo", "arXiv 2506.09034"
+    summary = "all weights along signs, differences divided by their spread"
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        sigma: float = 1e-3,
-        queries: int = 1,
-        sides: str = "two-sided",
-        scaling: str = "plain",
-        clip: float = estimators.CLIP,
-        mode: str = "stacked",
-        optimizer: str = "adam",
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        schedule: str = "constant",
-        steps: int | None = None,
-        warmup: int = 0,
-        seed: int = 0,
-        noise: str = "normal",
-        floor_every: int = 100,
+        sigma: float = 1e-4,
+        queries: int = 8,
+        sides: str = "one-sided",
+        scaling: str = "std",
+        noise: str = "rademacher",
+        lr: float = 5e-5,
+        **others: Any,
     ) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}; it may be {', '.join(MODES)}")
-        if optimizer not in optim.RULES:
-            raise ValueError(f"optimizer is {optimizer!r}; it may be {', '.join(optim.RULES)}")
-        if not lr >= 0:
-            raise ValueError(f"lr is {lr}; it may not be negative")
-        if noise not in ops.NOISES:
-            raise ValueError(f"noise is {noise!r}; it may be {', '.join(ops.NOISES)}")
-        if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed is {seed}; it is a 64-bit integer, -2^63 to 2^63 - 1")
-        optim.check_schedule(schedule, steps, warmup)
-        estimators.check(sides, queries, scaling, clip)
-        self.model = model
-        self.layers = {rng.strip_prefixes(name): layer for name, layer in zo_layers(model).items() if layer.rank > 0}
-        if not self.layers:
-            raise ValueError("no layer of the model can be trained; swap it with ZOConfig(rank=1) or more")
-        param_ids = torch.cat([layer.param_id for layer in self.layers.values()])
-        self.rule = optim.RULES[optimizer](
-            {name: _coeff(layer) for name, layer in self.layers.items()},
-            param_ids,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            noise=noise,
-        )
-        self.sigma, self.queries, self.sides, self.scaling, self.clip = sigma, queries, sides, scaling, clip
-        self.mode, self.noise, self.seed, self.floor_every = mode, noise, seed, floor_every
-        self.lr, self.schedule, self.steps, self.warmup = lr, schedule, steps, warmup
-        self.iteration = 0  # steps taken, skipped ones included: the next step's number
-        self.floor = float("nan")
-        self._recent: deque[float] = deque(maxlen=RECENT)
-        self._warned = False
-
-        device = param_ids.device
-        self.groups = estimators.group_count(sides, queries)
-        self._table = estimators.group_sigmas(sides, queries, sigma)  # [G, S], on the CPU
-        self._radii, self._sigmas = (self._table.to(device, copy=True) for _ in range(2))
-        self._seeds = torch.zeros(queries, dtype=torch.int64, device=device)
-        self._weights = torch.zeros(queries, dtype=torch.float32, device=device)
-        self._one_seed, self._one_sigma = self._seeds[:1].clone(), self._sigmas[:1, :1].clone()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model's layers, and so this optimizer's tensors, are."""
-        return self.rule.param_ids.device
-
-    def stack(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch as a forward of this optimizer wants it: G copies of the examples, group after group.
-
-        Repeats tensors whose first size is the batch size (that of "input_ids", else of the first tensor) and passes
-        the rest on. In sequential mode a forward holds one group, and the batch comes back as it is.
-        """
-        if self.mode == "sequential":
-            return dict(batch)
-        tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.dim() > 0}
-        if not tensors:
-            raise ValueError(f"batch has no tensor with a batch dimension; its keys are {', '.join(batch)}")
-        examples = tensors.get("input_ids", next(iter(tensors.values()))).shape[0]
-        return {
-            key: value.repeat(self.groups, *(1 for _ in value.shape[1:]))
-            if key in tensors and value.shape[0] == examples
-            else value
-            for key, value in batch.items()
-        }
-
-    def step(self, closure: Callable[[], Tensor]) -> StepResult:
-        """One step on the per-example losses that `closure()` computes, float32 or float64.
-
-        stacked: called once, on inputs from `stack`; returns [G B] or [G, B], group after group.
-        sequential: called once per group on the plain batch; returns [B] (or one number, the batch's loss).
-        Every call must see the same batch: on the steps of `floor_every` they are all made a second time.
-        """
-        return self.step_on([lambda groups: closure()])
-
-    def step_on(self, evaluations: Iterable[Evaluation], rows: tuple[int, ...] = ()) -> StepResult:
-        """One step on a batch given in parts: each evaluation runs one micro-batch, evaluate(groups) -> [groups, B].
-
-        The parts see the same seeds, and their examples' losses are put side by side before anything is summed, so the
-        parts do not show in the result.
-        rows: leading sizes that one group may have in a layer (B, or B T where the model flattens tokens); anything
-        else raises with the layer's name. () allows all that the groups divide.
-        Raises ValueError for losses of a wrong shape or in 16 bits, RuntimeError for layers that got another C.
-        """
-        parts = list(evaluations)
-        if not parts:
-            raise ValueError("evaluations is empty; a step needs at least one batch")
-        seeds = self._prepare()
-        with evaluating(self.model):
-            shrunk = self._evaluate(parts, estimators.FLOOR_SHRINK, rows).cpu() if self._floor_is_due() else None
-            losses = self._on_device(parts, rows)
-        return self._finish(seeds, losses.cpu(), shrunk)
-
-    def replay(self, rows: Iterable[LoggedStep]) -> None:
-        """Apply logged steps without evaluating the model; C and moments become those of the run that was logged.
-
-        rows: consecutive steps from `iteration` on. Raises ValueError where one is missing or does not fit.
-        """
-        self._check_coeffs()
-        for row in rows:
-            if row.step != self.iteration:
-                raise ValueError(f"the log goes on with step {row.step}; step {self.iteration} is next")
-            if row.seeds.shape != self._seeds.shape or row.weights.shape != self._weights.shape:
-                raise ValueError(
-                    f"step {row.step} has seeds {tuple(row.seeds.shape)} and weights {tuple(row.weights.shape)}; "
-                    f"with {self.queries} queries they are ({self.queries},)"
-                )
-            self._seeds.copy_(row.seeds)
-            self._weights.copy_(row.weights)
-            self.rule.update(self._seeds, self._weights, lr=row.lr, skipped=row.skipped)
-            self.iteration += 1
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Copies of all that a bit-exact resume needs besides the arguments: C, A, moments, counters.
-
-        Flat and tensors only, so it can be a safetensors file: "seed", "iteration", "floor", "rule/...",
-        "coeff/<name>", "basis/<i>" once for all layers that share it, "basis_of" int64 [L], the i of each layer.
-        """
-        unique: list[Tensor] = []
-        basis_of = []
-        for layer in self.layers.values():
-            same = next((i for i, a in enumerate(unique) if a is layer.basis), None)
-            if same is None and layer.basis is not None:
-                same = len(unique)
-                unique.append(layer.basis)
-            basis_of.append(-1 if same is None else same)
-        state = {
-            "seed": torch.tensor(self.seed),
-            "iteration": torch.tensor(self.iteration),
-            "floor": torch.tensor(self.floor, dtype=torch.float64),
-            "basis_of": torch.tensor(basis_of),
-        }
-        state |= {f"basis/{i}": a.clone() for i, a in enumerate(unique)}
-        state |= {f"coeff/{name}": c.detach().clone() for name, c in self.rule.coeffs.items()}
-        return state | {f"rule/{key}": value for key, value in self.rule.state_dict().items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a `state_dict` of an equally configured optimizer over the same model, C and A included.
-
-        Raises ValueError for entries that are missing, unknown or of another shape, before anything is changed.
-        """
-        rule = {key.removeprefix("rule/"): value for key, value in state.items() if key.startswith("rule/")}
-        bases = {key: value for key, value in state.items() if key.startswith("basis/")}
-        wanted = {"seed": torch.tensor(0), "iteration": torch.tensor(0), "floor": torch.tensor(0.0)}
-        wanted["basis_of"] = torch.zeros(len(self.layers), dtype=torch.int64)
-        wanted |= {f"coeff/{name}": c for name, c in self.rule.coeffs.items()}
-        rest = {key: value for key, value in state.items() if not key.startswith("rule/") and key not in bases}
-        optim.check_entries(rest, wanted, "state of the optimizer")
-        basis_of = state["basis_of"].tolist()
-        for (name, layer), index in zip(self.layers.items(), basis_of, strict=True):
-            shape = (layer.in_features, layer.rank)
-            given = tuple(bases[f"basis/{index}"].shape) if f"basis/{index}" in bases else None
-            if index >= 0 and given != shape:
-                raise ValueError(f"state of the optimizer: the basis of {name} is {given}; here it is {shape}")
-        self.rule.load_state_dict(rule)
-        device = self._seeds.device
-        tensors = {key: a.to(device, copy=True) for key, a in bases.items()}
-        for (name, layer), index in zip(self.layers.items(), basis_of, strict=True):
-            layer.basis = tensors[f"basis/{index}"] if index >= 0 else None
-            with torch.no_grad():
-                self.rule.coeffs[name].copy_(state[f"coeff/{name}"])
-        self.seed, self.iteration = int(state["seed"]), int(state["iteration"])
-        self.floor = float(state["floor"])
-        self._recent.clear()
-
-    # --- the parts of a step ------------------------------------------------------------------------------------------
-
-    def _prepare(self) -> Tensor:
-        """What the host decides before the device runs: seeds, int64 [S] on the CPU, and the numbers of the rule."""
-        self._check_coeffs()
-        seeds = torch.tensor([rng.seed_for(self.seed, self.iteration, query) for query in range(self.queries)])
-        self._seeds.copy_(seeds)
-        self.rule.prepare(self._rate())
-        return seeds
-
-    def _on_device(self, parts: Sequence[Evaluation], rows: tuple[int, ...], dry: bool = False) -> Tensor:
-        """Evaluate, estimate, update: losses float64 [G, B]. The host neither waits nor decides in between, so a CUDA
-        graph can hold it (StepGraph). dry: change nothing."""
-        losses = self._evaluate(parts, 1.0, rows)
-        estimate = (losses, self.sides, self.queries, self.sigma)
-        self._weights.copy_(estimators.weights(*estimate, scaling=self.scaling, clip=self.clip))
-        fine = torch.isfinite(losses).all() & torch.isfinite(self._weights).all()
-        if self.scaling == "std":  # zeros where all queries saw the same
-            fine &= self._weights.any()
-        self.rule.skip.copy_(fine.logical_not())
-        if dry:
-            self.rule.skip.fill_(True)
-        self.rule.launch(self._seeds, self._weights)
-        return losses
-
-    def _finish(self, seeds: Tensor, losses: Tensor, shrunk: Tensor | None) -> StepResult:
-        """Count the step and tell what it did, once its losses [G, B] are on the CPU."""
-        if shrunk is not None:
-            self.floor = estimators.rounding_floor(losses, shrunk, self.sides, self.queries)
-        step, lr, signal = self.iteration, self._rate(), self._signal(losses)
-        weights = self._weights.to("cpu", copy=True)
-        reason = self._reason(losses, weights) if bool(self.rule.skip) else ""
-        self.rule.finish()
-        self.iteration += 1
-        return StepResult(
-            step, seeds, losses, weights, lr, bool(reason), reason, signal, self.floor, self._advice(signal)
+        super().__init__(
+            model, sigma=sigma, queries=queries, sides=sides, scaling=scaling, noise=noise, lr=lr, **others
         )
 
-    def _rate(self) -> float:
-        return optim.learning_rate(
-            self.iteration, lr=self.lr, schedule=self.schedule, steps=self.steps, warmup=self.warmup
-        )
 
-    def _floor_is_due(self) -> bool:
-        return self.floor_every > 0 and self.iteration % self.floor_every == 0
+class SparseMeZO(MeZO):
+    """MeZO along z * (|theta| <= h), h the quantile 1 - sparsity of each tensor's magnitudes at the beginning.
 
-    def _evaluate(self, parts: Sequence[Evaluation], shrink: float, rows: tuple[int, ...]) -> Tensor:
-        """Losses float64 [G, B] of all parts side by side, at sigma * shrink."""
-        return torch.cat([torch.cat(list(self._groups(part, shrink, rows))) for part in parts], dim=1)
+    The mask is that of the clean theta, in both probes and in the update.
+    """
 
-    def _groups(self, evaluate: Evaluation, shrink: float, rows: tuple[int, ...]) -> Iterator[Tensor]:
-        """Losses of one part: [G, B] at once when stacked, else [1, B] group by group."""
-        if self.mode == "stacked":
-            torch.mul(self._radii, shrink, out=self._sigmas)
-            leading = tuple(self.groups * size for size in rows)
-            with perturbed(self.model, self._seeds, self._sigmas, self.noise, leading):
-                losses = _losses(evaluate(self.groups), self.groups)
-            yield losses
-            return
-        examples = 0
-        for sigmas in self._table:
-            query = int(sigmas.abs().argmax())  # a group has one seed at most
-            self._one_seed.copy_(self._seeds[query : query + 1])
-            self._one_sigma.fill_(float(sigmas[query]) * shrink)
-            with perturbed(self.model, self._one_seed, self._one_sigma, self.noise, rows):
-                losses = _losses(evaluate(1), 1)
-            if examples not in (0, losses.numel()):
-                raise ValueError(f"a group has {losses.numel()} losses, another {examples}; all see the same batch")
-            examples = losses.numel()
-            yield losses
+    name, paper = "sparse-mezo", "arXiv 2402.15751"
+    summary = "the small weights alone, along dense normal noise"
 
-    def _signal(self, losses: Tensor) -> float:
-        return float(estimators.contrasts(losses, self.sides, self.queries).abs().mean())
+    def __init__(self, model: nn.Module, *, sparsity: float = 0.75, **others: Any) -> None:
+        _check_share("sparsity", sparsity)
+        self.sparsity = sparsity
+        super().__init__(model, **others)
 
-    def _reason(self, losses: Tensor, weights: Tensor) -> str:
-        """Why a step had to be skipped."""
-        bad = (~torch.isfinite(losses)).sum(dim=1)
-        if bool(bad.any()):
-            group = int(bad.argmax())
-            return f"{int(bad[group])} of {losses.shape[1]} losses of group {group} are not finite"
-        if not bool(torch.isfinite(weights).all()):
-            return "the loss differences overflow float32"
-        return "the losses of all queries are equal, so they cannot be normalised by their spread"
+    def find(self, model: nn.Module, handle: Perturbation) -> list[Weight]:
+        found = weights(model, handle)
+        for weight in found:
+            magnitudes = weight.value.abs().float().flatten()
+            kept = max(1, math.ceil((1 - self.sparsity) * magnitudes.numel()))
+            weight.cover(Mask("magnitude", magnitudes.kthvalue(kept).values.reshape(1).clone()))
+        return found
 
-    def _advice(self, signal: float) -> float | None:
-        """A better sigma where the recent signal drowns in rounding; warns the first time it does."""
-        if math.isfinite(signal):
-            self._recent.append(signal)
-        if len(self._recent) < RECENT:
-            return None
-        mean = sum(self._recent) / RECENT
-        better = estimators.better_sigma(mean, self.floor, self.sigma)
-        if better is not None and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"the loss differences ({mean:.1e}) drown in rounding ({self.floor:.1e}) at sigma={self.sigma:g}; "
-                f"try sigma={better:g}, or higher precision",
-                stacklevel=4,
+
+class ZOSparse(MeZO):
+    """MeZO along z * mask, a random share 1 - sparsity of the entries, drawn anew every `period` steps."""
+
+    name, paper = "zo-sparse", "arXiv 2402.11592"
+    summary = "a random part of the weights at a time"
+
+    def __init__(self, model: nn.Module, *, sparsity: float = 0.75, period: int = 1000, **others: Any) -> None:
+        _check_share("sparsity", sparsity)
+        _check_period(period)
+        self.sparsity, self.period = sparsity, period
+        super().__init__(model, **others)
+
+    def find(self, model: nn.Module, handle: Perturbation) -> list[Weight]:
+        found = weights(model, handle)
+        device = found[0].value.device
+        self._mask_seed = torch.zeros(1, dtype=torch.int64, device=device)  # of all, filled by `refresh`
+        share = torch.tensor([1 - self.sparsity], dtype=torch.float32, device=device)
+        for weight in found:
+            weight.cover(Mask("random", share, self._mask_seed))
+        return found
+
+    def refresh(self) -> None:
+        self._mask_seed.fill_(rng.seed_for(self.seed, self.iteration // self.period))
+
+
+class ZOSign(MeZO):
+    """theta <- theta - lr sign(d) z: the sign of the scalar."""
+
+    name, paper = "zo-sign", "arXiv 2402.11592"
+    summary = "MeZO with the sign of the difference alone"
+
+    def __init__(self, model: nn.Module, *, optimizer: str = "sign", **others: Any) -> None:
+        super().__init__(model, optimizer=optimizer, **others)
+
+
+class ZOMomentum(MeZO):
+    """m <- 0.9 m + d z;  theta <- theta - lr m: a tensor of the model's size beside it."""
+
+    name, paper = "zo-momentum", "arXiv 2402.11592"
+    summary = "MeZO with heavy-ball momentum"
+
+    def __init__(self, model: nn.Module, *, optimizer: str = "momentum", **others: Any) -> None:
+        super().__init__(model, optimizer=optimizer, **others)
+
+
+class ZOAdam(MeZO):
+    """Adam fed d z: two tensors of the model's size beside it."""
+
+    name, paper = "zo-adam", "arXiv 2402.11592"
+    summary = "MeZO with Adam"
+
+    def __init__(self, model: nn.Module, *, optimizer: str = "adam", **others: Any) -> None:
+        super().__init__(model, optimizer=optimizer, **others)
+
+
+class LOZO(ZeroOrder):
+    """W +- sigma U V^T, U [N, R] new each step, V [K, R] every `period` steps;  W <- W - lr d U V^T  (over_rank: / R).
+
+    Vectors take dense noise. The released code has no 1/R, so that its mean step is R times the gradient's; the paper
+    has it. V is a function of (seed, step // period, name), which probe and update both see: on refresh steps too.
+    As W is linear in U, the steps since V was drawn are one matrix: C <- C - lr d U, W + C V^T in the forward, folded
+    into W when V is renewed. Beside frozen weights it goes into a delta of rank `delta_rank`; the note of that step has
+    the error of its re-compression.
+    """
+
+    name, paper = "lozo", "arXiv 2410.07698"
+    summary = "all matrices along U V^T with a lazy V, by SGD"
+    basis = "random"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        rank: int = 2,
+        period: int = 50,
+        over_rank: bool = False,
+        delta_rank: int = 16,
+        lr: float = 1e-6,
+        optimizer: str = "sgd",
+        weight_decay: float = 0.0,
+        **others: Any,
+    ) -> None:
+        _check_period(period)
+        if rank < 1 or delta_rank < rank:
+            raise ValueError(f"rank is {rank} and delta_rank {delta_rank}; needed are 1 <= rank <= delta_rank")
+        if weight_decay:
+            raise ValueError(f"weight_decay is {weight_decay}; {self.name} moves factors, which can't decay W: 0 only")
+        if optimizer not in ("sgd", "sign", "momentum", "ema"):
+            raise ValueError(
+                f"optimizer is {optimizer!r}; what outlives a V has to be linear: sgd, sign, momentum, ema"
             )
-        return better
+        self.rank, self.period, self.over_rank, self.delta_rank = rank, period, over_rank, delta_rank
+        self._epoch = torch.tensor(-1)  # step // period of the V at hand
+        super().__init__(model, lr=lr, optimizer=optimizer, **others)
 
-    def _check_coeffs(self) -> None:
-        changed = next((n for n, layer in self.layers.items() if layer.coeff is not self.rule.coeffs[n]), None)
-        if changed is not None:
-            raise RuntimeError(f"layer {changed} got another coeff since; create the optimizer after setting bases")
+    def find(self, model: nn.Module, handle: Perturbation) -> list[Trainable]:
+        found = low_rank(model, handle, self.rank, self.delta_rank)
+        for trainable in found:
+            if isinstance(trainable, LowRank) and self.over_rank:
+                trainable.gain = 1 / self.rank
+        return found
+
+    def refresh(self) -> None:
+        epoch, errors = self.iteration // self.period, []
+        if epoch == self._epoch:
+            return
+        seed = torch.tensor([rng.seed_for(self.seed, epoch)], device=self.device)
+        for name, trainable in self.trainables.items():
+            if isinstance(trainable, LowRank):
+                turn, error = trainable.renew(seed)
+                errors.append(error)
+                if name in self.rule.exp_avgs:  # LOZO-M: S <- S (V_old^T V_new) / K
+                    self.rule.exp_avgs[name].copy_(self.rule.exp_avgs[name] @ turn)
+        self._epoch.fill_(epoch)
+        if any(errors):
+            self.note = f"deltas re-compressed to rank {self.delta_rank}, relative error up to {max(errors):.1e}"
+
+    def own_state(self) -> dict[str, Tensor]:
+        return {"epoch": self._epoch}
 
 
-def _coeff(layer: ZOLinear) -> Tensor:
-    assert layer.coeff is not None  # rank > 0
-    return layer.coeff
+class LOZOM(LOZO):
+    """S <- beta S + (1 - beta) d U;  W <- W - lr S V^T / R;  S <- S (V_old^T V_new) / K where V is renewed."""
+
+    name = "lozo-m"
+    summary = "LOZO with momentum in the factor"
+
+    def __init__(self, model: nn.Module, *, optimizer: str = "ema", over_rank: bool = True, **others: Any) -> None:
+        super().__init__(model, optimizer=optimizer, over_rank=over_rank, **others)
 
 
-def _losses(losses: Tensor, groups: int) -> Tensor:
-    """Per-example losses of a closure as float64 [groups, B]."""
-    if losses.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"losses are {losses.dtype}; needed are float32 or float64: one ulp of a 16-bit loss is larger than what a "
-            "step measures. Cast the logits with .float() before the loss"
-        )
-    expected = losses.dim() < 2 or (losses.dim() == 2 and losses.shape[0] == groups)
-    if not expected or losses.numel() == 0 or losses.numel() % groups:
-        raise ValueError(
-            f"losses have shape {tuple(losses.shape)}; {groups} row groups give ({groups} * B,) or ({groups}, B), one "
-            "loss per example, group after group"
-        )
-    return losses.detach().double().reshape(groups, -1)
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} is {value}; it lies in [0, 1)")
+
+
+def _check_period(period: int) -> None:
+    if period < 1:
+        raise ValueError(f"period is {period}; it has to be at least 1 step")
+
+
+METHODS: dict[str, type[ZeroOrder]] = {
+    method.name: method
+    for method in (ZOAct, ZOActOneSided, MeZO, FZOO, SparseMeZO, ZOSparse, ZOSign, ZOMomentum, ZOAdam, LOZO, LOZOM)
+}
+
+
+def arguments(method: str) -> dict[str, Any]:
+    """The arguments of a named method beside the model, with its defaults. Raises ValueError for an unknown one."""
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; known are {', '.join(METHODS)}")
+    found: dict[str, Any] = {}
+    for kind in reversed(METHODS[method].__mro__):
+        if "__init__" in vars(kind) and issubclass(kind, ZeroOrder):
+            parameters = inspect.signature(kind.__init__).parameters.values()
+            found |= {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return found
+
+
+def create(method: str, model: nn.Module, **changes: Any) -> ZeroOrder:
+    """The optimizer of a named method; `changes` are further or other arguments of its class."""
+    known = arguments(method)
+    for name in changes.keys() - known.keys():
+        raise ValueError(f"method {method} has no argument {name!r}; it has {', '.join(known)}")
+    return METHODS[method](model, **changes)

@@ -5,6 +5,7 @@
     sgd        g += wd C;  C <- C - lr g
     sign       sgd fed sign(weights)/S: the sign of the scalars
     momentum   g += wd C;  m <- beta1 m + g;  C <- C - lr m
+    ema        momentum fed (1 - beta1) g
     adam       g += wd C;  m <- beta1 m + (1-beta1) g;  v <- beta2 v + (1-beta2) g^2;
                C <- C - lr (m / (1-beta1^t)) / (sqrt(v / (1-beta2^t)) + eps)
     adamw      C <- C - lr wd C first, then adam without wd
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from . import ops  # noqa: F401  (defines torch.ops.zoact)
 from .estimators import SCALINGS
+from .layers import Mask
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -30,7 +32,11 @@ SCHEDULES = ("constant", "linear", "cosine")
 class SGD:
     """C <- C - lr (g + wd C). The base of the others: they add moments.
 
-    coeffs: {name: C [N, R]}, float32, contiguous, all on one device; they are updated in place.
+    coeffs: {name: C [N, R]}, contiguous, all on one device; they are updated in place. float32; a rule without moments
+        takes bfloat16 and float16 as well, without weight decay, and rounds them stochastically: to nearest, a step
+        below half an ulp would be lost every time.
+    gains: {name: factor on g}, where it is not 1. masks: {name: what of it may move}; such a one takes a rule without
+        moments and no weight decay either.
     param_ids: int64 [L], in the order of `coeffs`: the noise of each layer.
     """
 
@@ -46,12 +52,29 @@ class SGD:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         noise: str = "normal",
+        gains: Mapping[str, float] | None = None,
+        masks: Mapping[str, Mask] | None = None,
     ) -> None:
-        _check(coeffs, param_ids, betas, eps, weight_decay)
+        self.masks = {name: mask for name, mask in (masks or {}).items() if mask.kind != "none"}
+        _check(coeffs, param_ids, betas, eps, weight_decay, self.moments == 0)
+        if self.masks and (self.moments or weight_decay):
+            raise ValueError(
+                f"rule {self.rule} with weight_decay {weight_decay} takes no masks; sgd and sign without do"
+            )
         self.coeffs = dict(coeffs)
         self.betas, self.eps, self.weight_decay, self.noise = betas, eps, weight_decay, noise
         device = param_ids.device
         self.param_ids = param_ids
+        # One launch for those that it takes; the others one by one.
+        self._single = [
+            i for i, (name, c) in enumerate(self.coeffs.items()) if name in self.masks or c.dtype != torch.float32
+        ]
+        fused = [i for i in range(len(self.coeffs)) if i not in self._single]
+        self._fused = [c for i, c in enumerate(self.coeffs.values()) if i in fused]
+        self._fused_ids = param_ids[fused] if self._single else param_ids
+        self._fused_rows = torch.tensor(fused, device=device)
+        factors = [(gains or {}).get(name, 1.0) for name in self.coeffs]
+        self._gains = torch.tensor(factors, device=device)[:, None] if any(f != 1 for f in factors) else None
         self.t = 0
         self.hyper = torch.zeros(7, dtype=torch.float32, device=device)
         self.skip = torch.zeros(1, dtype=torch.bool, device=device)
@@ -85,18 +108,32 @@ class SGD:
     @torch.no_grad()
     def launch(self, seeds: Tensor, weights: Tensor) -> None:
         """The step itself, or nothing where `skip` is set: device work only, so a CUDA graph can hold it."""
+        weights = self.weights(weights)
+        if self._gains is not None:
+            weights = self._gains * weights
         torch.ops.zoact.zo_update_(
-            list(self.coeffs.values()),
+            self._fused,
             list(self.exp_avgs.values()),
             list(self.exp_avg_sqs.values()),
-            self.param_ids,
+            self._fused_ids,
             seeds,
-            self.weights(weights),
+            weights[self._fused_rows] if weights.dim() == 2 and self._single else weights,
             self.hyper,
             self.skip,
             self.rule,
             self.noise,
         )
+        if not self._single or (self.skip.device.type == "cpu" and bool(self.skip)):
+            return
+        moves = torch.where(self.skip, torch.zeros_like(weights), -self.hyper[0] * weights)
+        values = list(self.coeffs.items())
+        for i in self._single:
+            name, value = values[i]
+            own, mask = moves[i] if moves.dim() == 2 else moves, self.masks.get(name, Mask())
+            torch.ops.zoact.zo_perturb_(
+                value, seeds, own, self.param_ids[i : i + 1], None, None, mask.value, mask.seed, seeds[:1], self.noise,
+                mask.kind,
+            )  # fmt: skip
 
     def finish(self) -> None:
         """Count the step that `launch` made, unless it was skipped: waits for the device."""
@@ -138,6 +175,13 @@ class Momentum(SGD):
     moments = 1
 
 
+class EMA(Momentum):
+    """Heavy ball with dampening: m <- beta1 m + (1 - beta1) g, a mean rather than a sum of past estimates."""
+
+    def weights(self, weights: Tensor) -> Tensor:
+        return (1 - self.hyper[1]) * weights
+
+
 class Adam(Momentum):
     """Adam on C; weight decay, if any, is L2 through the moments."""
 
@@ -151,7 +195,7 @@ class AdamW(Adam):
     rule = "adamw"
 
 
-RULES: dict[str, type[SGD]] = {"sgd": SGD, "sign": Sign, "momentum": Momentum, "adam": Adam, "adamw": AdamW}
+RULES: dict[str, type[SGD]] = {"sgd": SGD, "sign": Sign, "momentum": Momentum, "ema": EMA, "adam": Adam, "adamw": AdamW}
 
 
 def learning_rate(
@@ -194,12 +238,21 @@ def check_entries(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], wha
 
 
 def _check(
-    coeffs: Mapping[str, Tensor], param_ids: Tensor, betas: tuple[float, float], eps: float, weight_decay: float
+    coeffs: Mapping[str, Tensor],
+    param_ids: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    rounds: bool,
 ) -> None:
     if param_ids.dtype != torch.int64 or param_ids.shape != (len(coeffs),):
         raise ValueError(f"param_ids are {param_ids.dtype} {tuple(param_ids.shape)}; needed are int64 ({len(coeffs)},)")
     for name, c in coeffs.items():
-        if c.dtype != torch.float32 or not c.is_contiguous() or c.device != param_ids.device:
+        sixteen = c.dtype in (torch.bfloat16, torch.float16)
+        if sixteen and rounds and weight_decay:
+            raise ValueError(f"weight_decay is {weight_decay}, and {name} is {c.dtype}: only float32 weights decay")
+        taken = c.dtype == torch.float32 or (sixteen and rounds)
+        if not taken or not c.is_contiguous() or c.device != param_ids.device:
             raise ValueError(
                 f"coeff of {name} is {c.dtype} on {c.device}{'' if c.is_contiguous() else ', not contiguous'}; "
                 f"a rule updates contiguous float32 on one device ({param_ids.device}): 16 bits lose small updates"

@@ -11,27 +11,41 @@ from .formats import PackedWeight
 from .layers import Perturbation, ZOLinear
 from .runlog import RunError, RunLog
 from .trainer import Recipe, coeff_hash, load_state
+from .zeroth_order import ZeroOrder
 
 
 def skeleton(log: RunLog) -> nn.Module:
     """The trained layers of a run without their weights: enough for `replay` and `export_lora`; no forward."""
     root, perturbation = nn.Module(), Perturbation()
-    if log.meta["causal_lm"]:
-        root.lm_head = nn.Module()  # what tells a causal language model to those who look
     for entry in log.meta["layers"]:
+        if "shape" in entry:
+            owner, _, key = entry["name"].rpartition(".")
+            dtype = getattr(torch, entry["dtype"])
+            parent = _reach(root, owner, nn.Embedding(1, 1) if "rank" in entry else None)
+            parent.register_parameter(key, nn.Parameter(torch.zeros(entry["shape"], dtype=dtype)))
+            continue
         N, K = entry["out_features"], entry["in_features"]
-        packed = PackedWeight("dense", "row", -1, N, K, torch.zeros(1).expand(N, K))  # [N, K] in 4 bytes
+        written = entry.get("written", "")
+        weight = torch.zeros(N, K, dtype=getattr(torch, written)) if written else torch.zeros(1).expand(N, K)  # 4 bytes
+        packed = PackedWeight("dense", "row", -1, N, K, weight)
         layer = ZOLinear(
             packed, rank=entry["rank"], name=entry["name"], param_id=entry["param_id"], perturbation=perturbation
         )
-        layer.origin = entry["origin"]
-        *path, last = entry["name"].split(".")
-        parent = root
-        for part in path:
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-        parent.add_module(last, layer)
+        layer.origin, layer.frozen = entry["origin"], not written
+        parent, _, last = entry["name"].rpartition(".")
+        _reach(root, parent).add_module(last, layer)
+    if log.meta["causal_lm"] and not hasattr(root, "lm_head"):
+        root.lm_head = nn.Module()  # what tells a causal language model to those who look
+    return root
+
+
+def _reach(root: nn.Module, path: str, last: nn.Module | None = None) -> nn.Module:
+    """The submodule `path` of `root`, made where it is missing, its last part of `last`."""
+    parts = [part for part in path.split(".") if part]
+    for i, part in enumerate(parts):
+        if part not in root._modules:
+            root.add_module(part, last if last is not None and i == len(parts) - 1 else nn.Module())
+        root = root.get_submodule(part)
     return root
 
 
@@ -43,6 +57,7 @@ class Replay:
     coeff_hash: str
     checked: tuple[tuple[int, bool], ...]
     model: nn.Module
+    optimizer: ZeroOrder
 
     @property
     def identical(self) -> bool:
@@ -64,4 +79,4 @@ def replay(log: RunLog) -> Replay:
         optimizer.replay([row])
         if (met := snapshots.get(row.step + 1)) is not None:
             checked.append((met.step, coeff_hash(optimizer) == met.coeff_hash))
-    return Replay(optimizer.iteration, coeff_hash(optimizer), tuple(checked), model)
+    return Replay(optimizer.iteration, coeff_hash(optimizer), tuple(checked), model, optimizer)

@@ -161,18 +161,28 @@ def _elements(
     runs, length = (1, rows * cols) if total == cols else (rows, cols)
     where = {} if xp is np else {"device": device}
     first = (row_offset + xp.arange(runs, dtype=xp.int64, **where)) * total
+    return _runs(xp, make, size, first, length, where).reshape(rows, cols)
+
+
+def _runs(xp: Any, make: Callable[[Integers], Any], size: int, first: Any, length: int, where: dict[str, Any]) -> Any:
+    """[runs, length]: `length` consecutive elements from each of the addresses `first` [runs] on."""
     block = (first // size)[:, None] + xp.arange((length + 2 * size - 2) // size, **where)
     at = (first % size)[:, None] + xp.arange(length, **where)
-    values = make(block).reshape(runs, -1)
-    picked = np.take_along_axis(values, at, 1) if xp is np else values.gather(1, at)
-    return picked.reshape(rows, cols)
+    values = make(block).reshape(first.shape[0], block.shape[1] * size)
+    return np.take_along_axis(values, at, 1) if xp is np else values.gather(1, at)
 
 
 def _noise(xp: Any, kind: str, seed: Any, param_id: Any, part: tuple[Any, ...]) -> Any:
+    make, size = _maker(xp, kind, seed, param_id)
+    return _elements(xp, make, size, *part)
+
+
+def _maker(xp: Any, kind: str, seed: Any, param_id: Any) -> tuple[Callable[[Integers], Any], int]:
+    """What gives the noise of whole blocks, and the size of a block."""
     if kind == "normal":
-        return _elements(xp, lambda block: _normals(xp, _words(seed, param_id, STREAM_NORMAL, block)), 4, *part)
+        return lambda block: _normals(xp, _words(seed, param_id, STREAM_NORMAL, block)), 4
     if kind == "rademacher":
-        return _elements(xp, lambda block: _signs(xp, _words(seed, param_id, STREAM_RADEMACHER, block)), 128, *part)
+        return lambda block: _signs(xp, _words(seed, param_id, STREAM_RADEMACHER, block)), 128
     raise ValueError(f"`kind` is {kind!r}; kinds of noise are {', '.join(KINDS)}")
 
 
@@ -242,6 +252,31 @@ def noise(
     return _noise(torch, kind, seed, param_id, (rows, cols, row_offset, total_cols, device))
 
 
+def noise_of_rows(kind: str, seed: int | Tensor, param_id: int | Tensor, rows: Tensor, cols: int) -> Tensor:
+    """Rows `rows` (int64 [n], any order) of the Z with `cols` columns, fp32 [n, cols]: what a table's lookup needs."""
+    make, size = _maker(torch, kind, _number("seed", seed, 64), _number("param_id", param_id, 32))
+    return _runs(torch, make, size, rows * cols, cols, {"device": rows.device})
+
+
+def mask_of_rows(seed: int | Tensor, param_id: int | Tensor, share: float | Tensor, rows: Tensor, cols: int) -> Tensor:
+    """Rows `rows` (int64 [n]) of the `mask` with `cols` columns, bool [n, cols]."""
+    seed, param_id = _number("seed", seed, 64), _number("param_id", param_id, 32)
+
+    def make(block: Tensor) -> Tensor:
+        return torch.stack(_words(seed, param_id, STREAM_MASK, block), -1)
+
+    return _runs(torch, make, 4, rows * cols, cols, {"device": rows.device}) < _threshold(share)
+
+
+def _threshold(share: float | Tensor) -> int | Tensor:
+    """floor(share * 2^32), the share being rounded to fp32 first: a word below it takes part."""
+    if isinstance(share, Tensor):
+        return (share.reshape(()).float().double().nan_to_num(0.0).clamp(0.0, 1.0) * 2.0**32).to(torch.int64)
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"`share` is {share}; it has to be in [0, 1]")
+    return math.floor(float(np.float32(share)) * 2**32)
+
+
 def _element_words(
     seed: int | Tensor, param_id: int | Tensor, stream: int, rows: int, cols: int, row_offset: int,
     total_cols: int | None, device: torch.device | str,
@@ -271,13 +306,7 @@ def mask(
     Raises:
         ValueError: a `share` (a number, not a tensor) outside [0, 1].
     """
-    threshold: int | Tensor
-    if isinstance(share, Tensor):
-        threshold = (share.reshape(()).float().double().nan_to_num(0.0).clamp(0.0, 1.0) * 2.0**32).to(torch.int64)
-    elif not 0.0 <= share <= 1.0:
-        raise ValueError(f"`share` is {share}; it has to be in [0, 1]")
-    else:
-        threshold = math.floor(float(np.float32(share)) * 2**32)
+    threshold = _threshold(share)
     return _element_words(seed, param_id, STREAM_MASK, rows, cols, row_offset, total_cols, device) < threshold
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .activations import evaluating
 from .losses import Batch, group_losses
-from .methods import StepResult, ZOAct
 from .workspace import Workspace, using
+from .zeroth_order import StepResult, ZeroOrder
 
 DEVICE = "cuda"
 WARM_UPS = 3  # kernels compile, libraries choose and workspaces grow before anything is captured
@@ -36,7 +36,7 @@ class StepGraph:
     for the device.
     """
 
-    def __init__(self, optimizer: ZOAct, batch: Batch) -> None:
+    def __init__(self, optimizer: ZeroOrder, batch: Batch) -> None:
         device = optimizer.device
         if device.type != DEVICE:
             raise ValueError(f"`optimizer` trains a model on {device}; a CUDA graph needs one on a CUDA device")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import rng
+from .embedding import PackedEmbedding
 from .formats import FORMATS, quantize
 from .integrations.bitsandbytes import from_linear4bit, is_linear4bit, to_linear4bit
 from .layers import Perturbation, ZOLinear, perturbation_of, perturbed, zo_layers
@@ -177,6 +178,30 @@ def unswap(model: nn.Module, merge: bool = False) -> nn.Module:
             linear.bias = nn.Parameter(bias)
         put(model, name, linear)
     return model
+
+
+def dense_twin(model: nn.Module, dtype: torch.dtype = torch.float32) -> SwapReport:
+    """Make the weights of a swapped model dense, in place, for methods that train the weights themselves.
+
+    What was learned is merged; every ZOLinear becomes one of format "dense", layout "row", rank 0; a packed embedding
+    becomes an nn.Embedding, a head that it is tied to an nn.Linear with the very same parameter.
+    """
+    for layer in zo_layers(model).values():
+        layer.dense_dtype = dtype
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, PackedEmbedding)}
+    heads = {id(layer): name for name, layer in zo_layers(model).items()}
+    tied = {name: heads[id(table.head)] for name, table in tables.items() if table.tied}
+    unpacked = {name: None if name in tied else table.dequantize(dtype) for name, table in tables.items()}
+    unswap(model, merge=True)
+    for name, weight in unpacked.items():
+        if weight is None:
+            weight = model.get_submodule(tied[name]).weight  # type: ignore[assignment]
+        assert isinstance(weight, Tensor)
+        table = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
+        table.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
+        put(model, name, table)
+    report = swap(model, ZOConfig(format="dense", rank=0, layout="row"))
+    return report
 
 
 def merge(model: nn.Module) -> nn.Module:

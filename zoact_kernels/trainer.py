@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,61 +30,76 @@ from .basis import compute_basis
 from .dispatch import using
 from .layers import ZOLinear, zo_layers
 from .losses import Batch, evaluate, group_losses
-from .methods import StepResult, ZOAct
+from .methods import METHODS, StepResult, ZeroOrder, arguments, create
 from .plots import Metrics
 from .runlog import EvalRow, RunError, RunLog, StepRow, hash_tensors, update_hash
 
+METHOD: Any = None  # default of a recipe's field: what the method's own is
 FREE = ("eval_every", "snapshot_every")  # of a recipe: may change at resume, since no bit of C depends on them
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained and how. Defaults are the method's (ZO-Act, rank-1 basis, Adam on C).
+    """What is trained and how. method: a name of `methods.METHODS`; METHOD is that method's own default.
 
     batch_size examples a step, of similar length among `length_window` batches (0: of any length), run `micro_batch` at
     a time (0: all at once). The basis comes from the batches of the first `basis_batches` steps. eval_every,
     snapshot_every: in steps; 0 means only before and after.
-    The others are arguments of `ZOAct` and `compute_basis`.
+    options: arguments that only this method has, by name. The others are arguments of `ZeroOrder` and `compute_basis`.
     """
+
+    method: str = "zo-act"
 
     steps: int = 200
     batch_size: int = 16
     length_window: int = 8
     micro_batch: int = 0
-    sigma: float = 1e-3
-    queries: int = 1
-    sides: str = "two-sided"
-    scaling: str = "plain"
-    clip: float = estimators.CLIP
+    sigma: float = METHOD
+    queries: int = METHOD
+    sides: str = METHOD
+    scaling: str = METHOD
+    clip: float = METHOD
     mode: str = "stacked"
-    optimizer: str = "adam"
-    lr: float = 1e-3
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    optimizer: str = METHOD
+    lr: float = METHOD
+    beta1: float = METHOD
+    beta2: float = METHOD
+    eps: float = METHOD
+    weight_decay: float = METHOD
     schedule: str = "constant"
     warmup: int = 0
     seed: int = 0
-    noise: str = "normal"
+    noise: str = METHOD
     floor_every: int = 100
     basis_batches: int = 2
     basis_method: str = "power"
     basis_without_first: bool = False
     eval_every: int = 0
     snapshot_every: int = 50
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        own = arguments(self.method)
+        own["beta1"], own["beta2"] = own.pop("betas")
+        for name in own.keys() & vars(self).keys():
+            if getattr(self, name) is METHOD:
+                object.__setattr__(self, name, own[name])
+        for name in self.options:
+            if name not in own or name in vars(self):
+                extra = ", ".join(own.keys() - vars(self).keys() - {"schedule", "steps"}) or "none"
+                raise ValueError(f"`options` has {name!r}; options that only {self.method} has are: {extra}")
         at_least = {"steps": 0, "batch_size": 1, "length_window": 0, "micro_batch": 0, "basis_batches": 1}
         for name, least in {**at_least, **dict.fromkeys(FREE, 0)}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it has to be at least {least}")
 
-    def create(self, model: nn.Module) -> ZOAct:
+    def create(self, model: nn.Module) -> ZeroOrder:
         """The optimizer of this recipe. Raises ValueError for values out of range."""
-        return ZOAct(
+        return create(
+            self.method,
             model,
             betas=(self.beta1, self.beta2),
+            **self.options,
             **{
                 name: getattr(self, name)
                 for name in "sigma queries sides scaling clip mode optimizer lr eps weight_decay schedule steps warmup "
@@ -114,7 +129,7 @@ class Result:
     done: int
     stopped_by: int
     peak_bytes: int | None
-    optimizer: ZOAct
+    optimizer: ZeroOrder
 
 
 def train(
@@ -179,7 +194,7 @@ class _Run:
         model: nn.Module,
         recipe: Recipe,
         log: RunLog,
-        optimizer: ZOAct,
+        optimizer: ZeroOrder,
         batch_at: Callable[[int], Batch],
         held_out: Callable[[], Iterable[Batch]] | None,
         watch: Watch,
@@ -201,6 +216,8 @@ class _Run:
                 log.add_step(row)
                 metrics.step(row)
                 self.watch.stepped(row, result)
+                if result.note:
+                    self.watch.said(f"step {row.step}: {result.note}")
                 if result.skipped:
                     self.watch.said(f"step {row.step} skipped, nothing changed: {result.reason}")
                 if recipe.snapshot_every and log.done % recipe.snapshot_every == 0:
@@ -286,18 +303,20 @@ def stop_signals(stop: Callable[[int], None]) -> Iterator[None]:
 # --- the base and the state -------------------------------------------------------------------------------------------
 
 
-def base_hash(model: nn.Module) -> str:
+def base_hash(model: nn.Module, without: ZeroOrder | None = None) -> str:
     """sha256 of all that training must not change, packed weights in row layout, one layer alive at a time.
 
-    Learned tensors (A, C) and values that are computed rather than stored (rotary tables) are left out.
+    Learned tensors (A, C) and values that are computed rather than stored (rotary tables) are left out, as are the
+    weights that `without` trains.
     """
     digest = hashlib.sha256()
+    trained = {w.data_ptr() for t in without.trainables.values() for w in t.written()} if without else set()
     layers = zo_layers(model)
     for name, layer in layers.items():
         digest.update(f"{name}|{layer.format}|{layer.group_size}|{layer.out_features}|{layer.in_features}|".encode())
         packed = layer.packed().to_layout("row")
         for key, tensor in {**packed.tensors, "bias": layer.bias}.items():
-            if tensor is not None:
+            if tensor is not None and tensor.data_ptr() not in trained:
                 update_hash(digest, f"{name}.{key}", tensor)
     for prefix, module in model.named_modules():
         if isinstance(module, ZOLinear):
@@ -305,12 +324,13 @@ def base_hash(model: nn.Module) -> str:
         stored = dict(module.named_parameters(recurse=False))
         stored |= {k: b for k, b in module.named_buffers(recurse=False) if k not in module._non_persistent_buffers_set}
         for key, tensor in stored.items():
-            update_hash(digest, f"{prefix}.{key}", tensor)
+            if tensor.data_ptr() not in trained:
+                update_hash(digest, f"{prefix}.{key}", tensor)
     return digest.hexdigest()
 
 
-def coeff_hash(optimizer: ZOAct) -> str:
-    """sha256 of C of all trained layers."""
+def coeff_hash(optimizer: ZeroOrder) -> str:
+    """sha256 of all that is trained."""
     return hash_tensors(optimizer.rule.coeffs)
 
 
@@ -333,7 +353,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:12] + "..."
 
 
-def _check_room(directory: Path, optimizer: ZOAct, recipe: Recipe) -> None:
+def _check_room(directory: Path, optimizer: ZeroOrder, recipe: Recipe) -> None:
     """Raises RunError if the disk can't hold the snapshots (first, two newest, one in the making), log and adapter."""
     state = sum(t.numel() * t.element_size() for t in optimizer.state_dict().values())
     row = 8 * (recipe.batch_size * optimizer.groups + 2 * recipe.queries) + 200
@@ -347,12 +367,13 @@ def _check_room(directory: Path, optimizer: ZOAct, recipe: Recipe) -> None:
 
 def _begin(
     model: nn.Module, recipe: Recipe, batch_at: Callable[[int], Batch], watch: Watch
-) -> tuple[ZOAct, dict[str, Any]]:
+) -> tuple[ZeroOrder, dict[str, Any]]:
     """The optimizer of a new run, the basis computed unless one was imported, and what the log has to know of it."""
     recipe.create(model)  # only for its errors, before minutes are spent on a basis
     energies: list[list[Any]] = []
     layers = [layer for layer in zo_layers(model).values() if layer.rank]
-    if any(layer.basis is None for layer in layers):
+    by_activations = METHODS[recipe.method].basis == "activations"
+    if by_activations and any(layer.basis is None for layer in layers):
         watch.said(f"computing the basis of {len(layers)} layers from {recipe.basis_batches} batches")
         batches = []
         for batch in map(batch_at, range(recipe.basis_batches)):
@@ -370,19 +391,12 @@ def _begin(
             )
         energies = [[row.name, row.energy, row.energy_without_first] for row in report.layers]
     optimizer = recipe.create(model)
-    anatomy = [
-        {
-            "name": name,
-            "param_id": int(layer.param_id),
-            "out_features": layer.out_features,
-            "in_features": layer.in_features,
-            "rank": layer.rank,
-            "origin": layer.origin,
-        }
-        for name, layer in optimizer.layers.items()
-    ]
+    anatomy = [trainable.anatomy() for trainable in optimizer.trainables.values()]
     causal_lm = hasattr(model, "lm_head")  # for the adapter's task type
-    return optimizer, {"layers": anatomy, "energies": energies, "causal_lm": causal_lm}
+    meta = {"layers": anatomy, "energies": energies, "causal_lm": causal_lm}
+    if any(trainable.written() for trainable in optimizer.trainables.values()):
+        meta["frozen_hash"] = base_hash(model, optimizer)
+    return optimizer, meta
 
 
 @contextlib.contextmanager
@@ -399,13 +413,13 @@ def _head_on_last_token(model: Any) -> Iterator[None]:
         handle.remove()
 
 
-def _snapshot(log: RunLog, optimizer: ZOAct) -> None:
+def _snapshot(log: RunLog, optimizer: ZeroOrder) -> None:
     """Record the state after the steps done, unless that is recorded already."""
     if not any(row.step == log.done for row in log.snapshots()):
         log.add_snapshot(optimizer.state_dict(), coeff_hash(optimizer))
 
 
-def restore(model: nn.Module, log: RunLog, recipe: Recipe, watch: Watch) -> ZOAct:
+def restore(model: nn.Module, log: RunLog, recipe: Recipe, watch: Watch) -> ZeroOrder:
     """The optimizer as it stood after the last logged step: the newest whole snapshot, and the rows after it.
 
     Raises RunError: no snapshot can be read; ValueError: the model's layers are not those of the run.
@@ -424,16 +438,9 @@ def restore(model: nn.Module, log: RunLog, recipe: Recipe, watch: Watch) -> ZOAc
     raise RunError(f"no snapshot of {log.directory} can be read, so the run can't be continued")
 
 
-def load_state(model: nn.Module, log: RunLog, recipe: Recipe, state: Mapping[str, Tensor]) -> ZOAct:
+def load_state(model: nn.Module, log: RunLog, recipe: Recipe, state: Mapping[str, Tensor]) -> ZeroOrder:
     """An optimizer over the layers that the run trains, with the A, C and moments of a snapshot."""
-    layers, trained = zo_layers(model), [entry["name"] for entry in log.meta["layers"]]
-    for name, layer in layers.items():
-        if layer.rank and name not in trained:
-            layer.rank, layer.coeff, layer.basis = 0, None, None
-    device = next(iter(layers.values())).param_id.device
-    bases = {key: a.to(device) for key, a in state.items() if key.startswith("basis/")}  # layers share them
-    for name, index in zip(trained, state["basis_of"].tolist(), strict=True):
-        layers[name].set_basis(bases[f"basis/{index}"], state[f"coeff/{name}"].to(device))
+    METHODS[recipe.method].adopt(model, [entry["name"] for entry in log.meta["layers"]], state)
     optimizer = recipe.create(model)
     optimizer.load_state_dict(state)
     return optimizer

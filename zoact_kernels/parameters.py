@@ -1,0 +1,155 @@
+"""Ordinary modules whose own parameters a method perturbs: norms, biases, embeddings, linears that were not swapped.
+
+    ZOVector      any module      runs once per row group, with parameters p + sum_s sigmas[g, s] Z_s (copies)
+    ZOEmbedding   nn.Embedding    rows that are looked up get their rows of Z; the table is not copied
+    ZODense       nn.Linear       one zo_dense_linear over all row groups
+
+`perturb(module, ...)` mixes one of them into the module's class, as parametrisations of torch do: names, state_dict,
+attributes and whoever holds the module see no difference, and outside `perturbed(...)` the module's own forward runs.
+A parameter that several modules share (a tied head) has one param_id, hence one noise, in all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import rng
+from .layers import Mask, Perturbation, Released, add_per_group, group_values
+
+
+class Perturbed(nn.Module, Released):
+    """What the three have in common. zo_name: of the module, for messages."""
+
+    perturbation: Perturbation
+    zo_name: str
+    zo_ids: dict[str, Tensor]  # of the parameters that are perturbed: key -> param_id, int64 [1]
+    zo_masks: dict[str, Mask]
+    zo_factors: dict[str, tuple[Tensor, Tensor]]  # of a matrix W that has them: (V [K, R], C [N, R]), it is W + C V^T
+
+    def release(self) -> None:
+        del self.perturbation, self.zo_name, self.zo_ids, self.zo_masks, self.zo_factors
+        self.__class__ = type(self).__bases__[1]  # (this mixin, what it was)
+
+
+class ZOVector(Perturbed):
+    """Each row group runs with parameters of its own, in fp32 where they are stored in 16 bits.
+
+    A clean group runs so too: it has to differ from the others by nothing but the noise.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        p = self.perturbation
+        if not p.active:
+            return super().forward(x, *args, **kwargs)
+        if args or kwargs:
+            raise ValueError(f"{self.zo_name!r} is called with more than one argument, whose rows can't be told apart")
+        sigmas = p.sigmas_of(self.zo_name, x)
+        moved = {key: _moved(self, key, sigmas) for key in self.zo_ids}
+        usual = self._parameters
+        dtype = _own(self, next(iter(self.zo_ids))).dtype
+        fixed: dict[str, Any] = {key: None if v is None else v.detach().float() for key, v in usual.items()}
+        rows = x.float() if x.is_floating_point() and dtype.itemsize < 4 else x
+        parts = []
+        try:
+            for g, part in enumerate(rows.chunk(sigmas.shape[0])):
+                self._parameters = fixed | {key: values[g] for key, values in moved.items()}
+                parts.append(super().forward(part))
+        finally:
+            self._parameters = usual
+        return torch.cat(parts).to(dtype)
+
+
+class ZOEmbedding(Perturbed):
+    """Row group g gets table[ids] + sum_s sigmas[g, s] Z_s[ids]: the same rows of noise that an update has."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        p, table, factors = self.perturbation, super().forward(ids), self.zo_factors.get("weight")
+        if factors is not None:
+            table = (table + factors[1][ids] @ factors[0].T).to(table.dtype)
+        if not p.active:
+            return table
+        sigmas = p.sigmas_of(self.zo_name, ids)
+        groups, width = sigmas.shape[0], table.shape[-1]
+        cols = width if factors is None else factors[0].shape[1]  # of Z
+        rows, where = ids.reshape(-1), None
+        if ids.device.type == "cpu":  # elsewhere it would wait for the device
+            rows, where = rows.unique(return_inverse=True)
+        moved = clean = table.reshape(groups, -1, width).float()
+        mask = self.zo_masks.get("weight", Mask())
+        for s, seed in enumerate(p.seeds):
+            z = rng.noise_of_rows(p.noise, seed, self.zo_ids["weight"], rows, cols)
+            if mask.kind == "random":
+                assert mask.seed is not None and mask.value is not None
+                z = z * rng.mask_of_rows(mask.seed, self.zo_ids["weight"], mask.value, rows, width)
+            z = z if factors is None else z @ factors[0].T
+            z = (z if where is None else z[where]).view(groups, -1, width)
+            if mask.kind == "magnitude":
+                assert mask.value is not None
+                z = z * (clean.abs() <= mask.value)
+            moved = moved + sigmas[:, s, None, None] * z
+        return moved.to(table.dtype).view(table.shape)
+
+
+class ZODense(Perturbed):
+    """y_g = x_g (W + sum_s sigmas[g, s] Z_s)^T + b_g through one op."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        p, factors = self.perturbation, self.zo_factors.get("weight")
+        weight, bias = _own(self, "weight"), self._parameters["bias"]
+        if not p.active and factors is None:
+            return super().forward(x)
+        sigmas = p.sigmas_of(self.zo_name, x) if p.active else p.sigmas[:1]
+        if factors is not None:
+            side = (p.seeds, sigmas, self.zo_ids["weight"]) if p.active else (None, None, None)
+            moves = p.active and "bias" in self.zo_ids
+            y = torch.ops.zoact.zo_linear(
+                x, weight, None, None, None, None if moves else bias, None, None, *factors, None, None, *side,
+                "dense", "row", -1, weight.shape[0], p.noise, sigmas.shape[0] if p.active else 1,
+            )  # fmt: skip
+            return add_per_group(y, _moved(self, "bias", sigmas)) if moves else y
+        noisy, mask = "weight" in self.zo_ids, self.zo_masks.get("weight", Mask())
+        y = torch.ops.zoact.zo_dense_linear(
+            x, weight, None, None, None, None if "bias" in self.zo_ids else bias,
+            p.seeds if noisy else None, sigmas if noisy else None, self.zo_ids.get("weight"), None, mask.value,
+            mask.seed, "dense", "row", -1, weight.shape[0], p.noise, "weight", mask.kind, sigmas.shape[0],
+        )  # fmt: skip
+        if bias is None or "bias" not in self.zo_ids:
+            return y
+        return add_per_group(y, _moved(self, "bias", sigmas))
+
+
+def perturb(module: nn.Module, name: str, ids: dict[str, Tensor], perturbation: Perturbation) -> None:
+    """From now on `perturbed` moves the parameters `ids` (key -> param_id) of a module that was not perturbed before.
+
+    name: of the module, for messages. `layers.release` undoes it.
+    """
+    # A subclass with a forward of its own may do more than look up or multiply, so it runs as it is.
+    mixin = next((m for kind, m in MIXINS.items() if getattr(type(module), "forward", None) is kind.forward), ZOVector)
+    module.__class__ = _mixture(mixin, type(module))  # type: ignore[arg-type]  # mypy: classes do not hash
+    assert isinstance(module, Perturbed)
+    module.perturbation, module.zo_name, module.zo_ids = perturbation, name, ids
+    module.zo_masks, module.zo_factors = {}, {}
+
+
+MIXINS: dict[type[nn.Module], type[Perturbed]] = {nn.Embedding: ZOEmbedding, nn.Linear: ZODense}
+
+
+@functools.cache
+def _mixture(mixin: type[Perturbed], kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"{mixin.__name__}({kind.__name__})", (mixin, kind), {"__module__": __name__})
+
+
+def _moved(module: Perturbed, key: str, sigmas: Tensor) -> Tensor:
+    """Parameter `key` as each row group has it, fp32 [groups, *shape]."""
+    own, mask = _own(module, key), module.zo_masks.get(key, Mask())
+    return group_values(own, module.perturbation, sigmas, module.zo_ids[key], mask)
+
+
+def _own(module: nn.Module, key: str) -> Tensor:
+    value = module._parameters[key]
+    assert value is not None
+    return value.detach()

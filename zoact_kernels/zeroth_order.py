@@ -1,0 +1,444 @@
+"""A zeroth-order step, whatever is perturbed and however: evaluate, estimate, update, log, resume, replay.
+
+    step t:   seeds_j = seed_for(seed, t, j);  losses [G, B] of the row groups sigmas [G, S] (estimators)
+              weights [S] = estimator(losses), rounded to float32 once
+              theta <- rule(theta, sum_s weights[s] Z(seeds[s])) for all trainables theta, one launch (optim)
+
+A method says which parameters are its trainables and how a forward perturbs them (trainables); the rest is here. A step
+is a function of (theta, moments, t) and of the losses, so (seeds, weights, lr, skipped) of every step is a complete
+log: `replay` rebuilds theta from it without evaluating the model.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import estimators, ops, optim, rng
+from .activations import evaluating
+from .layers import Perturbation, perturbed, release
+from .trainables import Trainable
+
+MODES = ("stacked", "sequential")
+RECENT = 20  # steps over which the signal is averaged before it is judged
+
+Evaluation = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step saw and did.
+
+    seeds int64 [S], losses float64 [G, B] (clean group first where there is one), weights float32 [S]: on the CPU, as
+    they were applied. signal: |f+ - f-| (|f_j - f_0|, |f_j - mean f|), mean over queries; floor: how much
+    of that is rounding, as last measured, NaN if never. skipped: nothing was changed, `reason` says why.
+    better_sigma: set when the recent signal drowns in the floor.
+    """
+
+    step: int
+    seeds: Tensor
+    losses: Tensor
+    weights: Tensor
+    lr: float
+    skipped: bool
+    reason: str
+    signal: float
+    floor: float
+    better_sigma: float | None = None
+    note: str = ""  # what the method has to tell of this step
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over groups and examples; of the clean group alone where there is one."""
+        odd = self.losses.shape[0] == len(self.seeds) + 1
+        return float((self.losses[0] if odd else self.losses).mean())
+
+
+class LoggedStep(Protocol):
+    """A row of a run log, as `replay` needs it; a StepResult is one."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def seeds(self) -> Tensor: ...
+    @property
+    def weights(self) -> Tensor: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def skipped(self) -> bool: ...
+
+
+class ZeroOrder:
+    """Trains the trainables of a model from forward passes; the base of every method.
+
+        optimizer = ZOAct(model, sigma=1e-3, lr=1e-3)
+        inputs = optimizer.stack(batch)                        # G copies of the batch, one per row group
+        optimizer.step(lambda: losses_per_example(model(**inputs)))
+
+    sigma: perturbation radius. queries: directions per step. sides, scaling, clip: see `estimators`.
+    mode: "stacked" evaluates all groups in one forward; "sequential" one after the other, in the memory of one.
+    optimizer, betas, eps, weight_decay: see `optim`. lr, schedule, steps, warmup: see `optim.learning_rate`.
+    seed: with step and query the whole of the randomness; no global generator is read. noise: "normal" or "rademacher".
+    floor_every: every so many steps, from the first, the groups are evaluated once more at sigma / 32 to see how much
+        of a difference is rounding; 0 for never. It changes nothing that is trained.
+
+    A method is a subclass: its defaults are those of its `__init__`, `find` says what it trains, `refresh` what changes
+    between steps. Raises ValueError for a model that it cannot train, and for any argument out of range.
+    """
+
+    name = ""
+    paper = ""
+    summary = ""  # one line
+    replayable = True  # from (seeds, weights, lr) of each step, without the model
+    basis = "none"  # when A is computed: "none", "activations" (once, from the first batches) or "random"
+    dense = False  # whether it trains the weights themselves
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        sigma: float = 1e-3,
+        queries: int = 1,
+        sides: str = "two-sided",
+        scaling: str = "plain",
+        clip: float = estimators.CLIP,
+        mode: str = "stacked",
+        optimizer: str = "adam",
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        schedule: str = "constant",
+        steps: int | None = None,
+        warmup: int = 0,
+        seed: int = 0,
+        noise: str = "normal",
+        floor_every: int = 100,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; it may be {', '.join(MODES)}")
+        if optimizer not in optim.RULES:
+            raise ValueError(f"optimizer is {optimizer!r}; it may be {', '.join(optim.RULES)}")
+        if not lr >= 0:
+            raise ValueError(f"lr is {lr}; it may not be negative")
+        if noise not in ops.NOISES:
+            raise ValueError(f"noise is {noise!r}; it may be {', '.join(ops.NOISES)}")
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed is {seed}; it is a 64-bit integer, -2^63 to 2^63 - 1")
+        optim.check_schedule(schedule, steps, warmup)
+        estimators.check(sides, queries, scaling, clip)
+        self.model = model
+        self.sigma, self.queries, self.sides, self.scaling, self.clip = sigma, queries, sides, scaling, clip
+        self.mode, self.noise, self.seed, self.floor_every = mode, noise, seed, floor_every
+        self.lr, self.schedule, self.steps, self.warmup = lr, schedule, steps, warmup
+        self.note = ""  # of the step at hand
+        self.iteration = 0  # steps taken, skipped ones included: the next step's number
+        self.trainables = {t.name: t for t in self.find(model, release(model))}
+        self.rule = optim.RULES[optimizer](
+            {name: t.value for name, t in self.trainables.items()},
+            torch.cat([t.param_id for t in self.trainables.values()]),
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            noise=noise,
+            gains={name: t.gain for name, t in self.trainables.items()},
+            masks={name: t.mask for name, t in self.trainables.items()},
+        )
+        self.floor = float("nan")
+        self._recent: deque[float] = deque(maxlen=RECENT)
+        self._warned = False
+
+        device = self.device
+        self.groups = estimators.group_count(sides, queries)
+        self._table = estimators.group_sigmas(sides, queries, sigma)  # [G, S], on the CPU
+        self._radii, self._sigmas = (self._table.to(device, copy=True) for _ in range(2))
+        self._seeds = torch.zeros(queries, dtype=torch.int64, device=device)
+        self._weights = torch.zeros(queries, dtype=torch.float32, device=device)
+        self._one_seed, self._one_sigma = self._seeds[:1].clone(), self._sigmas[:1, :1].clone()
+
+    def find(self, model: nn.Module, handle: Perturbation) -> Sequence[Trainable]:
+        """The parameters that this method moves, set up so that `perturbed` (through `handle`) moves them."""
+        raise NotImplementedError
+
+    def refresh(self) -> None:
+        """Bring what changes from step to step (a basis, say) to step `iteration`; steps and replay both call it."""
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What a method's own state is, besides that of its trainables: the tensors themselves, by name."""
+        return {}
+
+    @classmethod
+    def adopt(cls, model: nn.Module, layers: Sequence[str], state: Mapping[str, Tensor]) -> None:
+        """Give a freshly loaded model the shape that it had in the run whose snapshot `state` is."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's layers, and so this optimizer's tensors, are."""
+        return self.rule.param_ids.device
+
+    def stack(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch as a forward of this optimizer wants it: G copies of the examples, group after group.
+
+        Repeats tensors whose first size is the batch size (that of "input_ids", else of the first tensor) and passes
+        the rest on. In sequential mode a forward holds one group, and the batch comes back as it is.
+        """
+        if self.mode == "sequential":
+            return dict(batch)
+        tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.dim() > 0}
+        if not tensors:
+            raise ValueError(f"batch has no tensor with a batch dimension; its keys are {', '.join(batch)}")
+        examples = tensors.get("input_ids", next(iter(tensors.values()))).shape[0]
+        return {
+            key: value.repeat(self.groups, *(1 for _ in value.shape[1:]))
+            if key in tensors and value.shape[0] == examples
+            else value
+            for key, value in batch.items()
+        }
+
+    def step(self, closure: Callable[[], Tensor]) -> StepResult:
+        """One step on the per-example losses that `closure()` computes, float32 or float64.
+
+        stacked: called once, on inputs from `stack`; returns [G B] or [G, B], group after group.
+        sequential: called once per group on the plain batch; returns [B] (or one number, the batch's loss).
+        Every call must see the same batch: on the steps of `floor_every` they are all made a second time.
+        """
+        return self.step_on([lambda groups: closure()])
+
+    def step_on(self, evaluations: Iterable[Evaluation], rows: tuple[int, ...] = ()) -> StepResult:
+        """One step on a batch given in parts: each evaluation runs one micro-batch, evaluate(groups) -> [groups, B].
+
+        The parts see the same seeds, and their examples' losses are put side by side before anything is summed, so the
+        parts do not show in the result.
+        rows: leading sizes that one group may have in a layer (B, or B T where the model flattens tokens); anything
+        else raises with the layer's name. () allows all that the groups divide.
+        Raises ValueError for losses of a wrong shape or in 16 bits, RuntimeError for layers that got another C since.
+        """
+        parts = list(evaluations)
+        if not parts:
+            raise ValueError("evaluations is empty; a step needs at least one batch")
+        seeds = self._prepare()
+        with evaluating(self.model):
+            shrunk = self._evaluate(parts, estimators.FLOOR_SHRINK, rows).cpu() if self._floor_is_due() else None
+            losses = self._on_device(parts, rows)
+        return self._finish(seeds, losses.cpu(), shrunk)
+
+    def replay(self, rows: Iterable[LoggedStep]) -> None:
+        """Apply logged steps without evaluating the model; values and moments become those of the logged run.
+
+        rows: consecutive steps from `iteration` on. Raises ValueError where one is missing or does not fit.
+        """
+        for row in rows:
+            if row.step != self.iteration:
+                raise ValueError(f"the log goes on with step {row.step}; step {self.iteration} is next")
+            if row.seeds.shape != self._seeds.shape or row.weights.shape != self._weights.shape:
+                raise ValueError(
+                    f"step {row.step} has seeds {tuple(row.seeds.shape)} and weights {tuple(row.weights.shape)}; "
+                    f"with {self.queries} queries they are ({self.queries},)"
+                )
+            self._check()
+            self.refresh()
+            self._seeds.copy_(row.seeds)
+            self._weights.copy_(row.weights)
+            self.rule.update(self._seeds, self._weights, lr=row.lr, skipped=row.skipped)
+            self.iteration += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of all that a bit-exact resume needs besides the arguments: values, bases, moments, counters.
+
+        Flat and tensors only, so it can be a safetensors file: "seed", "iteration", "floor", "rule/...",
+        "method/<key>", "coeff/<name>" the value, "held/<name>/<key>" what else a trainable has, "basis/<i>" once for
+        all trainables that share it, "basis_of" int64 [L], the i of each trainable, -1 for none.
+        """
+        unique: list[Tensor] = []
+        basis_of = []
+        for trainable in self.trainables.values():
+            basis = trainable.basis
+            same = next((i for i, a in enumerate(unique) if a is basis), None)
+            if same is None and basis is not None:
+                same = len(unique)
+                unique.append(basis)
+            basis_of.append(-1 if same is None else same)
+        state = {
+            "seed": torch.tensor(self.seed),
+            "iteration": torch.tensor(self.iteration),
+            "floor": torch.tensor(self.floor, dtype=torch.float64),
+            "basis_of": torch.tensor(basis_of),
+        }
+        state |= {f"basis/{i}": a.clone() for i, a in enumerate(unique)}
+        state |= {f"coeff/{name}": value.detach().clone() for name, value in self.rule.coeffs.items()}
+        for name, trainable in self.trainables.items():
+            state |= {f"held/{name}/{key}": tensor.detach().clone() for key, tensor in trainable.held().items()}
+        state |= {f"method/{key}": tensor.clone() for key, tensor in self.own_state().items()}
+        return state | {f"rule/{key}": value for key, value in self.rule.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a `state_dict` of an equally configured optimizer over the same model, values and bases included.
+
+        Raises ValueError for entries that are missing, unknown or of another shape, before anything is changed.
+        """
+        rule = {key.removeprefix("rule/"): value for key, value in state.items() if key.startswith("rule/")}
+        bases = {key: value for key, value in state.items() if key.startswith("basis/")}
+        held: dict[str, dict[str, Tensor]] = {name: {} for name in self.trainables}
+        for key in (key for key in state if key.startswith("held/")):
+            name, _, what = key.removeprefix("held/").rpartition("/")
+            if name in held:
+                held[name][what] = state[key]
+        wanted = {"seed": torch.tensor(0), "iteration": torch.tensor(0), "floor": torch.tensor(0.0)}
+        wanted["basis_of"] = torch.zeros(len(self.trainables), dtype=torch.int64)
+        wanted |= {f"coeff/{name}": value for name, value in self.rule.coeffs.items()}
+        wanted |= {f"method/{key}": tensor for key, tensor in self.own_state().items()}
+        known = {f"held/{name}/{key}" for name, tensors in held.items() for key in tensors} | bases.keys()
+        rest = {key: value for key, value in state.items() if not key.startswith("rule/") and key not in known}
+        optim.check_entries(rest, wanted, "state of the optimizer")
+        basis_of = state["basis_of"].tolist()
+        for (name, trainable), index in zip(self.trainables.items(), basis_of, strict=True):
+            given = tuple(bases[f"basis/{index}"].shape) if f"basis/{index}" in bases else None
+            if index >= 0 and given != trainable.basis_shape:
+                raise ValueError(
+                    f"state of the optimizer: the basis of {name} is {given}; here it is {trainable.basis_shape}"
+                )
+        self.rule.load_state_dict(rule)
+        device = self._seeds.device
+        tensors = {key: a.to(device, copy=True) for key, a in bases.items()}
+        for (name, trainable), index in zip(self.trainables.items(), basis_of, strict=True):
+            if trainable.basis_shape is not None:
+                trainable.basis = tensors[f"basis/{index}"] if index >= 0 else None
+            trainable.take(held[name])
+            with torch.no_grad():
+                self.rule.coeffs[name].copy_(state[f"coeff/{name}"])
+        for key, tensor in self.own_state().items():
+            tensor.copy_(state[f"method/{key}"])
+        self.seed, self.iteration = int(state["seed"]), int(state["iteration"])
+        self.floor = float(state["floor"])
+        self._recent.clear()
+
+    # --- the parts of a step ------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> Tensor:
+        """What the host decides before the device runs: seeds, int64 [S] on the CPU, and the numbers of the rule."""
+        self._check()
+        self.refresh()
+        seeds = torch.tensor([rng.seed_for(self.seed, self.iteration, query) for query in range(self.queries)])
+        self._seeds.copy_(seeds)
+        self.rule.prepare(self._rate())
+        return seeds
+
+    def _on_device(self, parts: Sequence[Evaluation], rows: tuple[int, ...], dry: bool = False) -> Tensor:
+        """Evaluate, estimate, update: losses float64 [G, B]. The host neither waits nor decides in between, so a CUDA
+        graph can hold it (StepGraph). dry: change nothing."""
+        losses = self._evaluate(parts, 1.0, rows)
+        estimate = (losses, self.sides, self.queries, self.sigma)
+        self._weights.copy_(estimators.weights(*estimate, scaling=self.scaling, clip=self.clip))
+        fine = torch.isfinite(losses).all() & torch.isfinite(self._weights).all()
+        if self.scaling == "std":  # zeros where all queries saw the same
+            fine &= self._weights.any()
+        self.rule.skip.copy_(fine.logical_not())
+        if dry:
+            self.rule.skip.fill_(True)
+        self.rule.launch(self._seeds, self._weights)
+        return losses
+
+    def _finish(self, seeds: Tensor, losses: Tensor, shrunk: Tensor | None) -> StepResult:
+        """Count the step and tell what it did, once its losses [G, B] are on the CPU."""
+        if shrunk is not None:
+            self.floor = estimators.rounding_floor(losses, shrunk, self.sides, self.queries)
+        step, lr, signal = self.iteration, self._rate(), self._signal(losses)
+        weights = self._weights.to("cpu", copy=True)
+        reason = self._reason(losses, weights) if bool(self.rule.skip) else ""
+        self.rule.finish()
+        self.iteration += 1
+        note, self.note = self.note, ""
+        return StepResult(
+            step, seeds, losses, weights, lr, bool(reason), reason, signal, self.floor, self._advice(signal), note
+        )
+
+    def _rate(self) -> float:
+        return optim.learning_rate(
+            self.iteration, lr=self.lr, schedule=self.schedule, steps=self.steps, warmup=self.warmup
+        )
+
+    def _floor_is_due(self) -> bool:
+        return self.floor_every > 0 and self.iteration % self.floor_every == 0
+
+    def _evaluate(self, parts: Sequence[Evaluation], shrink: float, rows: tuple[int, ...]) -> Tensor:
+        """Losses float64 [G, B] of all parts side by side, at sigma * shrink."""
+        return torch.cat([torch.cat(list(self._groups(part, shrink, rows))) for part in parts], dim=1)
+
+    def _groups(self, evaluate: Evaluation, shrink: float, rows: tuple[int, ...]) -> Iterator[Tensor]:
+        """Losses of one part: [G, B] at once when stacked, else [1, B] group by group."""
+        if self.mode == "stacked":
+            torch.mul(self._radii, shrink, out=self._sigmas)
+            leading = tuple(self.groups * size for size in rows)
+            with perturbed(self.model, self._seeds, self._sigmas, self.noise, leading):
+                losses = _losses(evaluate(self.groups), self.groups)
+            yield losses
+            return
+        examples = 0
+        for sigmas in self._table:
+            query = int(sigmas.abs().argmax())  # a group has one seed at most
+            self._one_seed.copy_(self._seeds[query : query + 1])
+            self._one_sigma.fill_(float(sigmas[query]) * shrink)
+            with perturbed(self.model, self._one_seed, self._one_sigma, self.noise, rows):
+                losses = _losses(evaluate(1), 1)
+            if examples not in (0, losses.numel()):
+                raise ValueError(f"a group has {losses.numel()} losses, another {examples}; all see the same batch")
+            examples = losses.numel()
+            yield losses
+
+    def _signal(self, losses: Tensor) -> float:
+        return float(estimators.contrasts(losses, self.sides, self.queries).abs().mean())
+
+    def _reason(self, losses: Tensor, weights: Tensor) -> str:
+        """Why a step had to be skipped."""
+        bad = (~torch.isfinite(losses)).sum(dim=1)
+        if bool(bad.any()):
+            group = int(bad.argmax())
+            return f"{int(bad[group])} of {losses.shape[1]} losses of group {group} are not finite"
+        if not bool(torch.isfinite(weights).all()):
+            return "the loss differences overflow float32"
+        return "the losses of all queries are equal, so they cannot be normalised by their spread"
+
+    def _advice(self, signal: float) -> float | None:
+        """A better sigma where the recent signal drowns in rounding; warns the first time it does."""
+        if math.isfinite(signal):
+            self._recent.append(signal)
+        if len(self._recent) < RECENT:
+            return None
+        mean = sum(self._recent) / RECENT
+        better = estimators.better_sigma(mean, self.floor, self.sigma)
+        if better is not None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the loss differences ({mean:.1e}) drown in rounding ({self.floor:.1e}) at sigma={self.sigma:g}; "
+                f"try sigma={better:g}, or higher precision",
+                stacklevel=4,
+            )
+        return better
+
+    def _check(self) -> None:
+        for trainable in self.trainables.values():
+            trainable.check()
+
+
+def _losses(losses: Tensor, groups: int) -> Tensor:
+    """Per-example losses of a closure as float64 [groups, B]."""
+    if losses.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"losses are {losses.dtype}; needed are float32 or float64: one ulp of a 16-bit loss is larger than what a "
+            "step measures. Cast the logits with .float() before the loss"
+        )
+    expected = losses.dim() < 2 or (losses.dim() == 2 and losses.shape[0] == groups)
+    if not expected or losses.numel() == 0 or losses.numel() % groups:
+        raise ValueError(
+            f"losses have shape {tuple(losses.shape)}; {groups} row groups give ({groups} * B,) or ({groups}, B), one "
+            "loss per example, group after group"
+        )
+    return losses.detach().double().reshape(groups, -1)

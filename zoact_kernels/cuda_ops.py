@@ -33,6 +33,11 @@ _UPDATE_TILE = 512  # elements of a block of zo_update: UPDATE_TILE of kernels.h
 _MOST = 1 << 24  # what the kernels' 32-bit sizes bear
 _MOST_STRIDE = 1 << 28  # elements between rows of x
 _MOST_ROWS = 64 * 65535  # of x: a grid has 65535 blocks of 64
+# Flops of the tensor cores in the time of an instruction of a warp: half precision of dispatch.ROOF over
+# multiprocessors x 4 x clock of the same card.
+_FLOPS_PER_INSTRUCTION = {
+    "sm_80": 512.0, "sm_86": 255.0, "sm_89": 128.0, "sm_90": 1024.0, "sm_100": 2050.0, "sm_120": 128.0,
+}  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The structs of csrc/cuda/kernels.h
@@ -290,22 +295,26 @@ class Cuda:
         return None
 
     def cost(self, problem: Problem) -> tuple[float, float]:
-        """(flops, bytes). Modelled from the text of the kernels, never measured on a GPU.
+        """(flops, bytes). Modelled from the machine code of the kernels, never measured on a GPU.
 
-        A block takes 64 rows of x, so from the 65th on the weight is read and decoded once more: where few rows share
-        a weight this is what one needs, and above other implementations with larger tiles win. A weight costs some
-        1.3 instructions to decode for int4 (eight codes: four lop3, four FMA, two shifts) or int8, 4 for a codebook,
-        each as dear as 16 flops of the tensor cores; from sm_90 on mma.sync reaches three quarters of what they can do.
+        What limits many rows is the rate of instructions: beside each tensor-core product of 16 x 8 x 16 a packed
+        weight has some 13 (benchmarks/results/gpu_report.md), a dense one 6. int4 multiplies twice, x with ones too,
+        where it has offsets, which `Problem` does not tell and our quantisers make. From sm_90 on mma.sync reaches
+        three quarters of the tensor cores. Rows are filled up to 8, 32 or 64 a block; where K is split, sums are written and
+        read again.
         """
         p = problem
-        blocks = ceil_div(max(p.M, 1), 64)
-        decode = {"int8": 20.0, "int4": 20.0, "nf4": 64.0, "fp4": 64.0}.get(p.format, 0.0)
+        tile = 8 if p.M <= 8 else 32 if p.M <= 32 else 64
+        rows = ceil_div(max(p.M, 1), tile) * tile
+        newer = p.arch.startswith("sm_") and int(p.arch[3:]) >= 90
+        multiplied = 2.0 * rows * p.N * p.K * (2 if p.format == "int4" else 1) * (4 / 3 if newer else 1)
+        instructions = rows * p.N * p.K / 2048 * (7 if p.format == "dense" else 14)
+        issued = instructions * _FLOPS_PER_INSTRUCTION.get(p.arch, 512.0)
         bits = {"dense": 8 * p.code_dtype.itemsize, "int8": 9, "int4": 5, "nf4": 5, "fp4": 5, "none": 0}[p.format]
-        flops = 2.0 * p.M * p.N * p.K + 2.0 * p.M * (p.rank + p.base_rank) * (p.N + p.K)
-        if p.arch.startswith("sm_") and int(p.arch[3:]) >= 90:
-            flops *= 4 / 3
-        moved = bits / 8 * p.N * p.K * blocks + p.dtype.itemsize * p.M * (p.N + p.K) + 4.0 * p.rank * (p.N + p.K)
-        return flops + decode * blocks * p.N * p.K, moved
+        splits = max(1, min(128 * 64 // max(p.N, 1), p.K // 512, 16))
+        sums = 8.0 * splits * p.M * p.N if splits > 1 and p.op == "zo_linear" else 0.0
+        moved = bits / 8 * p.N * p.K + p.dtype.itemsize * p.M * (p.N + p.K) + 4.0 * p.rank * (p.N + p.K) + sums
+        return max(multiplied, issued) + 2.0 * p.M * (p.rank + p.base_rank) * (p.N + p.K), moved
 
     # Launch ----------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@
     sparse-mezo, zo-sparse   MeZO under a mask by magnitude, or by chance               arXiv 2402.15751, 2402.11592
     zo-sign, zo-momentum, zo-adam   MeZO with another rule                              arXiv 2402.11592
     lozo, lozo-m   U V^T, V renewed now and then, SGD or momentum in the factor         arXiv 2410.07698
+    qzo      the scales of a low-bit model, clipped differences                          arXiv 2505.13430
     subzero  U Z V^T, U and V orthonormal and renewed now and then, SGD                 arXiv 2410.08989
 
 Defaults are the published ones where there are any; they stand in the signature of `__init__`, the rest is ZeroOrder's.
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from . import rng
 from .layers import Mask, Perturbation, ZOLinear, zo_layers
-from .trainables import Coefficients, Core, LowRank, Trainable, Weight, coefficients, low_rank, weights
+from .trainables import Coefficients, Core, LowRank, Trainable, Weight, coefficients, low_rank, scales, weights
 from .zeroth_order import MODES, RECENT, Evaluation, LoggedStep, StepResult, ZeroOrder
 
 __all__ = [
@@ -323,6 +324,36 @@ class SubZero(_Renewed):
         super().__init__(model, rank=rank, period=period, delta_rank=delta_rank, lr=lr, optimizer=optimizer, **others)
 
 
+class QZO(ZeroOrder):
+    """scale +- sigma z, d clipped to +-100;  scale <- max(scale - lr d z, floor): the codes never change.
+
+    A zero point stays where it is, so the offset of a format that has one moves as -zero scale. The paper's floor is 0,
+    the released code's 1e-7. Scales are kept in fp32.
+    """
+
+    name, paper = "qzo", "arXiv 2505.13430"
+    summary = "the scales of a low-bit model, by SGD on clipped differences"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        floor: float = 1e-7,
+        sigma: float = 1e-3,
+        lr: float = 1e-7,
+        scaling: str = "clipped",
+        optimizer: str = "sgd",
+        **others: Any,
+    ) -> None:
+        if not floor >= 0:
+            raise ValueError(f"floor is {floor}; a scale is not negative")
+        self.scale_floor = floor
+        super().__init__(model, sigma=sigma, lr=lr, scaling=scaling, optimizer=optimizer, **others)
+
+    def find(self, model: nn.Module, handle: Perturbation) -> list[Trainable]:
+        return scales(model, self.scale_floor)
+
+
 def _check_share(name: str, value: float) -> None:
     if not 0 <= value < 1:
         raise ValueError(f"{name} is {value}; it lies in [0, 1)")
@@ -333,7 +364,7 @@ def _check_period(period: int) -> None:
         raise ValueError(f"period is {period}; it has to be at least 1 step")
 
 
-_ALL = (ZOAct, ZOActOneSided, MeZO, FZOO, SparseMeZO, ZOSparse, ZOSign, ZOMomentum, ZOAdam, LOZO, LOZOM, SubZero)
+_ALL = (ZOAct, ZOActOneSided, MeZO, FZOO, SparseMeZO, ZOSparse, ZOSign, ZOMomentum, ZOAdam, LOZO, LOZOM, SubZero, QZO)
 METHODS: dict[str, type[ZeroOrder]] = {method.name: method for method in _ALL}
 
 

@@ -3,6 +3,7 @@
     kind           value [rows, cols] = shape of Z      row group g runs with
     Coefficients   C [N, R] of a ZOLinear with a basis  D(W) + (C + sum_s sigmas[g, s] Z_s) A^T
     Weight         any parameter of a dense model       W + sum_s sigmas[g, s] Z_s
+    Scales         the scales of a low-bit weight       (q - zero) (scale + sum_s sigmas[g, s] Z_s)
     LowRank        a matrix, V renewed now and then     W + (C + sum_s sigmas[g, s] Z_s) V^T
     Core           a matrix, U and V renewed            W + c U (S + sum_s sigmas[g, s] Z_s) V^T
 
@@ -160,6 +161,78 @@ class Weight(Trainable):
             "shape": list(current.shape),
             "dtype": str(current.dtype).removeprefix("torch."),
         }
+
+
+class Scales(Trainable):
+    """The scales [N, groups] of a low-bit weight, in fp32; the codes stay: w = (q - zero) (scale + sum sigma Z).
+
+    zero = -offset / scale stays too, so an offset moves with its scale. floor: no scale comes nearer to 0, unless it
+    began there; those that are negative (as GGUF has them) stay so. Untouched scales and offsets keep their bits.
+    """
+
+    def __init__(self, name: str, layer: ZOLinear, floor: float) -> None:
+        packed = layer.packed().to_layout("row")
+        if packed.scale is None or packed.flat:
+            why = "has blocks that run across rows" if packed.flat else "has no scales"
+            raise ValueError(f"{name} is {packed.format} and {why}; this method trains the scales of a low-bit model")
+        self.name, self.parameter, self.param_id, self.layer = name, f"{name}.scale", layer.param_id, layer
+        self.start, offsets = packed.scales().contiguous(), packed.offsets()
+        self.value, self.floor = self.start.clone(), floor
+        self.offset = None if offsets is None else offsets.contiguous()
+        if self.offset is not None:
+            self.start_offset = self.offset.clone()
+            self.ratio = torch.where(self.start == 0, torch.zeros_like(self.start), self.offset / self.start)
+        layer.weight, layer.layout, layer.nested = packed.weight, "row", None
+        layer.scale, layer.offset = self.value, self.offset
+        layer.probe = probe_scales
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        sign = torch.where(self.start < 0, -1.0, 1.0)
+        self.value.copy_(sign * torch.maximum(sign * self.value, self.start.abs().clamp(max=self.floor)))
+        if self.offset is not None:
+            # A group of scale 0 is one value, its offset: it has no zero point to keep.
+            still = (self.value == self.start) | (self.start == 0)
+            self.offset.copy_(torch.where(still, self.start_offset, self.ratio * self.value))
+
+    def check(self) -> None:
+        if self.layer.scale is not self.value:
+            raise RuntimeError(f"{self.name} has other scales since; create the optimizer after moving the model")
+
+    def held(self) -> dict[str, Tensor]:
+        if self.offset is None:
+            return {"start": self.start}
+        return {"start": self.start, "start_offset": self.start_offset, "ratio": self.ratio}
+
+    def take(self, held: Mapping[str, Tensor]) -> None:
+        mine = self.held()
+        check_entries(held, mine, f"state of {self.name}")
+        for key, tensor in mine.items():
+            tensor.copy_(held[key])
+
+    def written(self) -> list[Tensor]:
+        return [self.value] if self.offset is None else [self.value, self.offset]
+
+    def whole(self) -> Tensor:
+        return self.value.to("cpu", copy=True)
+
+    def anatomy(self) -> dict[str, Any]:
+        layer = self.layer
+        return {
+            "name": self.name, "param_id": int(self.param_id), "out_features": layer.out_features, "rank": 0,
+            "in_features": layer.in_features, "origin": layer.origin, "format": layer.format,
+            "group_size": layer.group_size, "offset": self.offset is not None,
+        }  # fmt: skip
+
+
+def probe_scales(layer: ZOLinear, x: Tensor, sigmas: Tensor, bias: Tensor | None) -> Tensor:
+    """y_g = x_g ((q - zero) (scale + sum_s sigmas[g, s] Z_s))^T + bias."""
+    p = layer.perturbation
+    return torch.ops.zoact.zo_dense_linear(
+        x, layer.weight, layer.scale, layer.offset, layer.nested, bias, p.seeds, sigmas, layer.param_id, None, None,
+        None, layer.format, layer.layout, layer.group_size, layer.out_features, p.noise, "scale", "none",
+        sigmas.shape[0],
+    )  # fmt: skip
 
 
 class LowRank(Trainable):
@@ -441,9 +514,7 @@ def low_rank(
     model: nn.Module, handle: Perturbation, rank: int, delta_rank: int, kind: type[LowRank] = LowRank
 ) -> list[Trainable]:
     """Every matrix of a linear or a table as a `kind`, every other parameter itself; packed tables stay as they are."""
-    layers = [kind.of_layer(name, layer, rank, delta_rank) for name, layer in zo_layers(model).items()]
-    if not layers:
-        raise ValueError("`model` has no ZOLinear layer: swap it first")
+    layers = [kind.of_layer(name, layer, rank, delta_rank) for name, layer in untied_layers(model).items()]
     others = weights(model, handle, swapped=False)
     found: list[Trainable] = [*layers]
     for w in others:
@@ -451,6 +522,24 @@ def low_rank(
         found.append(kind.of_weight(w, rank) if matrix else w)
     order = {rng.strip_prefixes(name): i for i, (name, _) in enumerate(model.named_modules())}
     return sorted(found, key=lambda t: order[t.parameter.rpartition(".")[0]])  # a replay finds them in this order
+
+
+def untied_layers(model: nn.Module) -> dict[str, ZOLinear]:
+    """The ZOLinear layers by name, but for a head whose packed storage a table reads: a probe of the one would miss the
+    other, and an update would move both.
+
+    Raises ValueError if there is none.
+    """
+    heads = [module.head for module in model.modules() if isinstance(module, PackedEmbedding)]
+    layers = {n: layer for n, layer in zo_layers(model).items() if not any(layer is head for head in heads)}
+    if not layers:
+        raise ValueError("`model` has no ZOLinear layer to train: swap it first")
+    return layers
+
+
+def scales(model: nn.Module, floor: float) -> list[Trainable]:
+    """The scales of every low-bit layer, heads tied to a packed table left out."""
+    return [Scales(rng.strip_prefixes(name), layer, floor) for name, layer in untied_layers(model).items()]
 
 
 def coefficients(model: nn.Module) -> list[Trainable]:

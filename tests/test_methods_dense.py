@@ -411,6 +411,9 @@ def test_a_tied_packed_table_becomes_a_tied_dense_one():
     net.head.perturbation = net.up.perturbation
     net.table = PackedEmbedding(net.head)
     before = net(ids())
+    for method in ("lozo", "qzo"):  # which leave such a head alone
+        trained = methods.create(method, copy.deepcopy(net)).trainables
+        assert {"up", "down"} <= trained.keys() and "head" not in trained
     dense_twin(net)
     assert type(net.table) is nn.Embedding and net.head.weight is net.table.weight
     assert (net(ids()) - before).abs().max() < 1e-4

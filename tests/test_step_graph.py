@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from zoact_kernels import step_graph
+from zoact_kernels import methods, step_graph
 from zoact_kernels.basis import compute_basis
 from zoact_kernels.losses import Batch, group_losses
 from zoact_kernels.methods import ZOAct
@@ -158,6 +158,57 @@ def same_steps(device: str, arguments: dict[str, Any], steps: int = 5) -> None:
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=lambda a: a["sides"])
 def test_steps_of_a_graph_are_steps(stand_in: None, arguments: dict[str, Any]) -> None:
     same_steps("cpu", arguments)
+
+
+# Methods other than ZO-Act, over a dense model; a V that is renewed between two replays of one graph.
+METHODS: list[tuple[str, dict[str, Any]]] = [
+    ("mezo", {"lr": 1e-3}), ("sparse-mezo", {"lr": 1e-3}), ("fzoo", {}), ("zo-momentum", {"lr": 1e-4}),
+    ("lozo", {"lr": 1e-3, "period": 2}), ("subzero", {"lr": 1e-3, "period": 2, "rank": 4}),
+]  # fmt: skip
+
+
+def method_steps(device: str, method: str, arguments: dict[str, Any]) -> None:
+    """The steps of a graph are those of `step_on`: same losses, same state after."""
+    made = []
+    for _ in range(2):
+        model = _llama()
+        swap(model, ZOConfig(format="dense", rank=0, layout="row"))
+        made.append(methods.create(method, model.to(device), **{"floor_every": 0, "sigma": 1e-2, **arguments}))
+    optimizer, plain = made
+    graph = StepGraph(optimizer, batch_of(0).to(device))
+    if device == "cpu":
+        graph.graph.owner = graph  # type: ignore[attr-defined]
+    for step in range(5):
+        batch = batch_of(step + 1).to(device)
+        got, want = graph.step(batch), plain.step_on([lambda g, b=batch: group_losses(plain.model, b, g)])
+        assert torch.equal(got.losses, want.losses) and not got.skipped
+    after, wanted = optimizer.state_dict(), plain.state_dict()
+    assert all(torch.equal(after[key], wanted[key]) for key in wanted if key != "floor")
+
+
+@pytest.mark.parametrize(("method", "arguments"), METHODS, ids=[name for name, _ in METHODS])
+def test_steps_of_a_graph_are_steps_of_every_method(stand_in: None, method: str, arguments: dict[str, Any]) -> None:
+    method_steps("cpu", method, arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("method", "arguments"), METHODS, ids=[name for name, _ in METHODS])
+def test_steps_of_a_captured_graph_are_steps_of_every_method(method: str, arguments: dict[str, Any]) -> None:
+    method_steps("cuda", method, arguments)
+
+
+@pytest.mark.parametrize(("method", "arguments"), METHODS, ids=[name for name, _ in METHODS])
+def test_nothing_in_a_step_of_a_method_waits(method: str, arguments: dict[str, Any]) -> None:
+    model = _llama()
+    swap(model, ZOConfig(format="dense", rank=0, layout="row"))
+    optimizer = methods.create(method, model, **arguments)
+    optimizer._prepare()
+    mode = FakeTensorMode()
+    optimizer, batch = on_fake_device(mode, (optimizer, batch_of(1)))
+    with mode, ThroughAten(), torch.no_grad(), OnDevice() as seen:
+        optimizer._on_device([lambda groups: group_losses(optimizer.model, batch, groups)], batch.leading)
+    assert seen.count > 100
 
 
 @pytest.mark.gpu

@@ -6,6 +6,8 @@
     sparse-mezo, zo-sparse   MeZO under a mask by magnitude, or by chance               arXiv 2402.15751, 2402.11592
     zo-sign, zo-momentum, zo-adam   MeZO with another rule                              arXiv 2402.11592
     lozo, lozo-m   U V^T, V renewed now and then, SGD or momentum in the factor         arXiv 2410.07698
+    qzo      the scales of a low-bit model, clipped differences                          arXiv 2505.13430
+    subzero  U Z V^T, U and V orthonormal and renewed now and then, SGD                 arXiv 2410.08989
 
 Defaults are the published ones where there are any; they stand in the signature of `__init__`, the rest is ZeroOrder's.
 """
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from . import rng
 from .layers import Mask, Perturbation, ZOLinear, zo_layers
-from .trainables import Coefficients, LowRank, Trainable, Weight, coefficients, low_rank, weights
+from .trainables import Coefficients, Core, LowRank, Trainable, Weight, coefficients, low_rank, scales, weights
 from .zeroth_order import MODES, RECENT, Evaluation, LoggedStep, StepResult, ZeroOrder
 
 __all__ = [
@@ -203,52 +205,36 @@ class ZOAdam(MeZO):
         super().__init__(model, optimizer=optimizer, **others)
 
 
-class LOZO(ZeroOrder):
-    """W +- sigma U V^T, U [N, R] new each step, V [K, R] every `period` steps;  W <- W - lr d U V^T  (over_rank: / R).
+class _Renewed(ZeroOrder):
+    """Factors that are drawn anew every `period` steps, as functions of (seed, step // period, name): nothing depends
+    on how a step was reached, and probe and update see the same ones on refresh steps too.
 
-    Vectors take dense noise. The released code has no 1/R, so that its mean step is R times the gradient's; the paper
-    has it. V is a function of (seed, step // period, name), which probe and update both see: on refresh steps too.
-    As W is linear in U, the steps since V was drawn are one matrix: C <- C - lr d U, W + C V^T in the forward, folded
-    into W when V is renewed. Beside frozen weights it goes into a delta of rank `delta_rank`; the note of that step has
-    the error of its re-compression.
+    What the steps between two draws add is one matrix of low rank, because W is linear in what moves: it stands beside
+    W in the forward and is folded into W when the factors are renewed. Beside frozen weights it goes into a delta of
+    rank `delta_rank`; the note of that step has the error of its re-compression. Vectors take dense noise.
     """
 
-    name, paper = "lozo", "arXiv 2410.07698"
-    summary = "all matrices along U V^T with a lazy V, by SGD"
     basis = "random"
+    kind: type[LowRank] = LowRank
+    rules: tuple[str, ...] = ()
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        rank: int = 2,
-        period: int = 50,
-        over_rank: bool = False,
-        delta_rank: int = 16,
-        lr: float = 1e-6,
-        optimizer: str = "sgd",
-        weight_decay: float = 0.0,
-        **others: Any,
-    ) -> None:
+        self, model: nn.Module, *, rank: int, period: int, delta_rank: int, optimizer: str = "sgd",
+        weight_decay: float = 0.0, **others: Any,
+    ) -> None:  # fmt: skip
         _check_period(period)
         if rank < 1 or delta_rank < rank:
             raise ValueError(f"rank is {rank} and delta_rank {delta_rank}; needed are 1 <= rank <= delta_rank")
         if weight_decay:
             raise ValueError(f"weight_decay is {weight_decay}; {self.name} moves factors, which can't decay W: 0 only")
-        if optimizer not in ("sgd", "sign", "momentum", "ema"):
-            raise ValueError(
-                f"optimizer is {optimizer!r}; what outlives a V has to be linear: sgd, sign, momentum, ema"
-            )
-        self.rank, self.period, self.over_rank, self.delta_rank = rank, period, over_rank, delta_rank
-        self._epoch = torch.tensor(-1)  # step // period of the V at hand
-        super().__init__(model, lr=lr, optimizer=optimizer, **others)
+        if optimizer not in self.rules:
+            raise ValueError(f"optimizer is {optimizer!r}; with {self.name} it may be {', '.join(self.rules)}")
+        self.rank, self.period, self.delta_rank = rank, period, delta_rank
+        self._epoch = torch.tensor(-1)  # step // period of the factors at hand
+        super().__init__(model, optimizer=optimizer, **others)
 
     def find(self, model: nn.Module, handle: Perturbation) -> list[Trainable]:
-        found = low_rank(model, handle, self.rank, self.delta_rank)
-        for trainable in found:
-            if isinstance(trainable, LowRank) and self.over_rank:
-                trainable.gain = 1 / self.rank
-        return found
+        return low_rank(model, handle, self.rank, self.delta_rank, self.kind)
 
     def refresh(self) -> None:
         epoch, errors = self.iteration // self.period, []
@@ -262,11 +248,44 @@ class LOZO(ZeroOrder):
                 if name in self.rule.exp_avgs:  # LOZO-M: S <- S (V_old^T V_new) / K
                     self.rule.exp_avgs[name].copy_(self.rule.exp_avgs[name] @ turn)
         self._epoch.fill_(epoch)
-        if any(errors):
+        if max(errors, default=0.0) > 1e-9:  # more than rounding in float64
             self.note = f"deltas re-compressed to rank {self.delta_rank}, relative error up to {max(errors):.1e}"
 
     def own_state(self) -> dict[str, Tensor]:
         return {"epoch": self._epoch}
+
+
+class LOZO(_Renewed):
+    """W +- sigma U V^T, U [N, R] new each step, V [K, R] every `period` steps;  W <- W - lr d U V^T  (over_rank: / R).
+
+    The released code has no 1/R, so that its mean step is R times the gradient's; the paper has it.
+    """
+
+    name, paper = "lozo", "arXiv 2410.07698"
+    summary = "all matrices along U V^T with a lazy V, by SGD"
+    rules = ("sgd", "sign", "momentum", "ema")  # linear, so that moments can pass from one V to the next
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        rank: int = 2,
+        period: int = 50,
+        over_rank: bool = False,
+        delta_rank: int = 16,
+        lr: float = 1e-6,
+        optimizer: str = "sgd",
+        **others: Any,
+    ) -> None:
+        self.over_rank = over_rank
+        super().__init__(model, rank=rank, period=period, delta_rank=delta_rank, lr=lr, optimizer=optimizer, **others)
+
+    def find(self, model: nn.Module, handle: Perturbation) -> list[Trainable]:
+        found = super().find(model, handle)
+        for trainable in found:
+            if isinstance(trainable, LowRank) and self.over_rank:
+                trainable.gain = 1 / self.rank
+        return found
 
 
 class LOZOM(LOZO):
@@ -279,6 +298,62 @@ class LOZOM(LOZO):
         super().__init__(model, optimizer=optimizer, over_rank=over_rank, **others)
 
 
+class SubZero(_Renewed):
+    """W +- sigma sqrt(N K)/R U Z V^T, Z [R, R] new each step, U and V orthonormal, new every `period` steps; SGD.
+
+    The mean squared norm of a direction is N K, so sigma and lr are MeZO's. Rank and period are the released code's;
+    the paper has 48 and 1000 for OPT-13B.
+    """
+
+    name, paper = "subzero", "arXiv 2410.08989"
+    summary = "all matrices along U Z V^T with lazy orthonormal U and V, by SGD"
+    kind = Core
+    rules = ("sgd", "sign")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        rank: int = 8,
+        period: int = 2000,
+        delta_rank: int = 32,
+        lr: float = 1e-6,
+        optimizer: str = "sgd",
+        **others: Any,
+    ) -> None:
+        super().__init__(model, rank=rank, period=period, delta_rank=delta_rank, lr=lr, optimizer=optimizer, **others)
+
+
+class QZO(ZeroOrder):
+    """scale +- sigma z, d clipped to +-100;  scale <- max(scale - lr d z, floor): the codes never change.
+
+    A zero point stays where it is, so the offset of a format that has one moves as -zero scale. The paper's floor is 0,
+    the released code's 1e-7. Scales are kept in fp32.
+    """
+
+    name, paper = "qzo", "arXiv 2505.13430"
+    summary = "the scales of a low-bit model, by SGD on clipped differences"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        floor: float = 1e-7,
+        sigma: float = 1e-3,
+        lr: float = 1e-7,
+        scaling: str = "clipped",
+        optimizer: str = "sgd",
+        **others: Any,
+    ) -> None:
+        if not floor >= 0:
+            raise ValueError(f"floor is {floor}; a scale is not negative")
+        self.scale_floor = floor
+        super().__init__(model, sigma=sigma, lr=lr, scaling=scaling, optimizer=optimizer, **others)
+
+    def find(self, model: nn.Module, handle: Perturbation) -> list[Trainable]:
+        return scales(model, self.scale_floor)
+
+
 def _check_share(name: str, value: float) -> None:
     if not 0 <= value < 1:
         raise ValueError(f"{name} is {value}; it lies in [0, 1)")
@@ -289,10 +364,8 @@ def _check_period(period: int) -> None:
         raise ValueError(f"period is {period}; it has to be at least 1 step")
 
 
-METHODS: dict[str, type[ZeroOrder]] = {
-    method.name: method
-    for method in (ZOAct, ZOActOneSided, MeZO, FZOO, SparseMeZO, ZOSparse, ZOSign, ZOMomentum, ZOAdam, LOZO, LOZOM)
-}
+_ALL = (ZOAct, ZOActOneSided, MeZO, FZOO, SparseMeZO, ZOSparse, ZOSign, ZOMomentum, ZOAdam, LOZO, LOZOM, SubZero, QZO)
+METHODS: dict[str, type[ZeroOrder]] = {method.name: method for method in _ALL}
 
 
 def arguments(method: str) -> dict[str, Any]:
@@ -303,7 +376,7 @@ def arguments(method: str) -> dict[str, Any]:
     for kind in reversed(METHODS[method].__mro__):
         if "__init__" in vars(kind) and issubclass(kind, ZeroOrder):
             parameters = inspect.signature(kind.__init__).parameters.values()
-            found |= {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+            found |= {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
     return found
 
 

@@ -12,13 +12,37 @@ A parameter that several modules share (a tied head) has one param_id, hence one
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import rng
 from .layers import Mask, Perturbation, Released, add_per_group, group_values
+
+
+class Factors(NamedTuple):
+    """A matrix W [N, K] that is W + C V^T, with noise on C: Z [N, R], or scale U Z with Z [R, R] where there is a U."""
+
+    basis: Tensor  # V [K, R] fp32
+    coeff: Tensor  # C [N, R] fp32
+    left: Tensor | None = None  # U [N, R] fp32
+    scale: float = 1.0
+
+    def noise_of_rows(self, p: Perturbation, seed: Tensor, param_id: Tensor, rows: Tensor) -> Tensor:
+        """Rows `rows` [n] of Delta, [n, K] fp32."""
+        R = self.basis.shape[1]
+        if self.left is None:
+            return rng.noise_of_rows(p.noise, seed, param_id, rows, R) @ self.basis.T
+        z = rng.noise(p.noise, seed, param_id, R, R, device=rows.device)
+        return self.scale * (self.left[rows] @ z) @ self.basis.T
+
+    def coeff_groups(self, p: Perturbation, sigmas: Tensor, param_id: Tensor) -> Tensor | None:
+        """scale U sum_s sigmas[g, s] Z_s, [groups, N, R]; None without a U, where a kernel makes the noise."""
+        if self.left is None:
+            return None
+        R = self.basis.shape[1]
+        return self.scale * (self.left @ group_values(self.basis.new_zeros(R, R), p, sigmas, param_id))
 
 
 class Perturbed(nn.Module, Released):
@@ -28,7 +52,7 @@ class Perturbed(nn.Module, Released):
     zo_name: str
     zo_ids: dict[str, Tensor]  # of the parameters that are perturbed: key -> param_id, int64 [1]
     zo_masks: dict[str, Mask]
-    zo_factors: dict[str, tuple[Tensor, Tensor]]  # of a matrix W that has them: (V [K, R], C [N, R]), it is W + C V^T
+    zo_factors: dict[str, Factors]  # of a matrix that is trained through them
 
     def release(self) -> None:
         del self.perturbation, self.zo_name, self.zo_ids, self.zo_masks, self.zo_factors
@@ -68,30 +92,32 @@ class ZOEmbedding(Perturbed):
 
     def forward(self, ids: Tensor) -> Tensor:
         p, table, factors = self.perturbation, super().forward(ids), self.zo_factors.get("weight")
+        dtype = table.dtype
         if factors is not None:
-            table = (table + factors[1][ids] @ factors[0].T).to(table.dtype)
+            table = table.float() + factors.coeff[ids] @ factors.basis.T
         if not p.active:
-            return table
+            return table.to(dtype)
         sigmas = p.sigmas_of(self.zo_name, ids)
         groups, width = sigmas.shape[0], table.shape[-1]
-        cols = width if factors is None else factors[0].shape[1]  # of Z
         rows, where = ids.reshape(-1), None
         if ids.device.type == "cpu":  # elsewhere it would wait for the device
             rows, where = rows.unique(return_inverse=True)
         moved = clean = table.reshape(groups, -1, width).float()
         mask = self.zo_masks.get("weight", Mask())
         for s, seed in enumerate(p.seeds):
-            z = rng.noise_of_rows(p.noise, seed, self.zo_ids["weight"], rows, cols)
+            if factors is None:
+                z = rng.noise_of_rows(p.noise, seed, self.zo_ids["weight"], rows, width)
+            else:
+                z = factors.noise_of_rows(p, seed, self.zo_ids["weight"], rows)
             if mask.kind == "random":
                 assert mask.seed is not None and mask.value is not None
                 z = z * rng.mask_of_rows(mask.seed, self.zo_ids["weight"], mask.value, rows, width)
-            z = z if factors is None else z @ factors[0].T
             z = (z if where is None else z[where]).view(groups, -1, width)
             if mask.kind == "magnitude":
                 assert mask.value is not None
                 z = z * (clean.abs() <= mask.value)
             moved = moved + sigmas[:, s, None, None] * z
-        return moved.to(table.dtype).view(table.shape)
+        return moved.to(dtype).view(table.shape)
 
 
 class ZODense(Perturbed):
@@ -104,11 +130,12 @@ class ZODense(Perturbed):
             return super().forward(x)
         sigmas = p.sigmas_of(self.zo_name, x) if p.active else p.sigmas[:1]
         if factors is not None:
-            side = (p.seeds, sigmas, self.zo_ids["weight"]) if p.active else (None, None, None)
-            moves = p.active and "bias" in self.zo_ids
+            param_id, moves = self.zo_ids["weight"], p.active and "bias" in self.zo_ids
+            own = factors.coeff_groups(p, sigmas, param_id) if p.active else None
+            seeded = (p.seeds, sigmas, param_id) if p.active and own is None else (None, None, None)
             y = torch.ops.zoact.zo_linear(
-                x, weight, None, None, None, None if moves else bias, None, None, *factors, None, None, *side,
-                "dense", "row", -1, weight.shape[0], p.noise, sigmas.shape[0] if p.active else 1,
+                x, weight, None, None, None, None if moves else bias, None, None, factors.basis, factors.coeff, own,
+                None, *seeded, "dense", "row", -1, weight.shape[0], p.noise, sigmas.shape[0] if p.active else 1,
             )  # fmt: skip
             return add_per_group(y, _moved(self, "bias", sigmas)) if moves else y
         noisy, mask = "weight" in self.zo_ids, self.zo_masks.get("weight", Mask())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .formats import PackedWeight
+from .formats import FORMATS, PackedWeight, expected_shapes
 from .layers import Perturbation, ZOLinear
 from .runlog import RunError, RunLog
 from .trainer import Recipe, coeff_hash, load_state
@@ -28,6 +28,8 @@ def skeleton(log: RunLog) -> nn.Module:
         written = entry.get("written", "")
         weight = torch.zeros(N, K, dtype=getattr(torch, written)) if written else torch.zeros(1).expand(N, K)  # 4 bytes
         packed = PackedWeight("dense", "row", -1, N, K, weight)
+        if "format" in entry:  # scales are trained: they are there, the codes are not
+            packed = _scales_alone(entry["format"], entry["group_size"], N, K, entry["offset"])
         layer = ZOLinear(
             packed, rank=entry["rank"], name=entry["name"], param_id=entry["param_id"], perturbation=perturbation
         )
@@ -37,6 +39,14 @@ def skeleton(log: RunLog) -> nn.Module:
     if log.meta["causal_lm"] and not hasattr(root, "lm_head"):
         root.lm_head = nn.Module()  # what tells a causal language model to those who look
     return root
+
+
+def _scales_alone(format: str, group_size: int, N: int, K: int, offset: bool) -> PackedWeight:
+    """A weight without its codes: zeros [N, K] in a byte."""
+    codes, groups = expected_shapes(format, "row", group_size, N, K)
+    scale, dtype = torch.ones(groups), FORMATS[format].code_dtypes[0]
+    code = torch.zeros(1, dtype=dtype).expand(codes)
+    return PackedWeight(format, "row", group_size, N, K, code, scale, torch.ones(groups) if offset else None)
 
 
 def _reach(root: nn.Module, path: str, last: nn.Module | None = None) -> nn.Module:

@@ -248,6 +248,7 @@ class ZeroOrder:
             self._seeds.copy_(row.seeds)
             self._weights.copy_(row.weights)
             self.rule.update(self._seeds, self._weights, lr=row.lr, skipped=row.skipped)
+            self._settle()
             self.iteration += 1
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -314,6 +315,7 @@ class ZeroOrder:
             trainable.take(held[name])
             with torch.no_grad():
                 self.rule.coeffs[name].copy_(state[f"coeff/{name}"])
+            trainable.settle()
         for key, tensor in self.own_state().items():
             tensor.copy_(state[f"method/{key}"])
         self.seed, self.iteration = int(state["seed"]), int(state["iteration"])
@@ -344,6 +346,7 @@ class ZeroOrder:
         if dry:
             self.rule.skip.fill_(True)
         self.rule.launch(self._seeds, self._weights)
+        self._settle()
         return losses
 
     def _finish(self, seeds: Tensor, losses: Tensor, shrunk: Tensor | None) -> StepResult:
@@ -422,6 +425,10 @@ class ZeroOrder:
                 stacklevel=4,
             )
         return better
+
+    def _settle(self) -> None:
+        for trainable in self.trainables.values():
+            trainable.settle()
 
     def _check(self) -> None:
         for trainable in self.trainables.values():

@@ -299,20 +299,19 @@ class Cuda:
 
         What limits many rows is the rate of instructions: beside each tensor-core product of 16 x 8 x 16 a packed
         weight has some 13 (benchmarks/results/gpu_report.md), a dense one 6. int4 multiplies twice, x with ones too,
-        where it has offsets, which `Problem` does not tell and our quantisers make. From sm_90 on mma.sync reaches
-        three quarters of the tensor cores. Rows are filled up to 8, 32 or 64 a block; where K is split, sums are written and
-        read again.
+        where it has offsets, which `Problem` does not tell and our quantisers make. Tiles of 64 x 64 and mma.sync reach
+        three quarters of the tensor cores. Rows are filled up to 8, 32 or 64 a block; where K is split, sums that no
+        cache holds are written and read again.
         """
         p = problem
         tile = 8 if p.M <= 8 else 32 if p.M <= 32 else 64
         rows = ceil_div(max(p.M, 1), tile) * tile
-        newer = p.arch.startswith("sm_") and int(p.arch[3:]) >= 90
-        multiplied = 2.0 * rows * p.N * p.K * (2 if p.format == "int4" else 1) * (4 / 3 if newer else 1)
+        multiplied = 2.0 * rows * p.N * p.K * (2 if p.format == "int4" else 1) * 4 / 3
         instructions = rows * p.N * p.K / 2048 * (7 if p.format == "dense" else 14)
         issued = instructions * _FLOPS_PER_INSTRUCTION.get(p.arch, 512.0)
         bits = {"dense": 8 * p.code_dtype.itemsize, "int8": 9, "int4": 5, "nf4": 5, "fp4": 5, "none": 0}[p.format]
         splits = max(1, min(128 * 64 // max(p.N, 1), p.K // 512, 16))
-        sums = 8.0 * splits * p.M * p.N if splits > 1 and p.op == "zo_linear" else 0.0
+        sums = 8.0 * splits * p.M * p.N if splits > 1 and p.M > 64 else 0.0
         moved = bits / 8 * p.N * p.K + p.dtype.itemsize * p.M * (p.N + p.K) + 4.0 * p.rank * (p.N + p.K) + sums
         return max(multiplied, issued) + 2.0 * p.M * (p.rank + p.base_rank) * (p.N + p.K), moved
 

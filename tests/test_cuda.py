@@ -193,6 +193,11 @@ def test_zo_linear_modes_and_splits(lane: Lane, dtype: torch.dtype, weight: str)
     assert all(torch.equal(y, results[0]) for y in results)
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_zo_linear_rank_128(lane: Lane, dtype: torch.dtype) -> None:
+    check(lane.mode(), example(4, 40, 96, dtype, R=128, G=2))
+
+
 @pytest.mark.parametrize("weight", ["int4-g32", "int4-g64-sym", "int8-row", "nf4-g64", "none"])
 @pytest.mark.parametrize("K", [200, 1100])
 def test_zo_linear_row_depends_on_nothing_else(lane: Lane, weight: str, K: int) -> None:

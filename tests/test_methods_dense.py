@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ from close import assert_no_worse
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from zoact_kernels import methods, parameters, rng
+from zoact_kernels import methods, parameters, rng, trainables
 from zoact_kernels.embedding import PackedEmbedding
 from zoact_kernels.layers import ZOLinear, perturbed
 from zoact_kernels.methods import ZeroOrder
@@ -455,6 +456,23 @@ def test_another_method_takes_over():
     twin = copy.deepcopy(again)
     run(make("mezo", twin)[0], 1)
     assert not torch.equal(values(twin)["up.weight"], values(again)["up.weight"])
+
+
+def test_the_worked_example_of_contributing(root):
+    """The method that CONTRIBUTING writes down trains the vectors of a low-bit model, and perturbs nothing else."""
+    code = re.search(r"```python\n(class VectorsOnly.*?)```", (root / "CONTRIBUTING.md").read_text(), re.DOTALL).group(
+        1
+    )
+    names = {"MeZO": methods.MeZO, "weights": trainables.weights}
+    exec(compile(code, "CONTRIBUTING.md", "exec"), names)
+    net = plain_net()
+    swap(net, ZOConfig(format="int4", group_size=8, rank=0), where=["up", "down"], example=(ids(),))
+    optimizer = names["VectorsOnly"](net, lr=0.1)
+    assert list(optimizer.trainables) == ["up.bias", "norm.weight", "norm.bias", "side.bias"]
+    assert type(net.table) is nn.Embedding and "weight" not in net.side.zo_ids
+    before = {name: t.value.clone() for name, t in optimizer.trainables.items()}
+    assert run(optimizer, 1)[0].signal > 0
+    assert all(not torch.equal(t.value, before[name]) for name, t in optimizer.trainables.items())
 
 
 def test_regrouped_rows_are_refused():

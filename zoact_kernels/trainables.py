@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -453,11 +453,14 @@ def probe_dense(layer: ZOLinear, x: Tensor, sigmas: Tensor, bias: Tensor | None)
     )  # fmt: skip
 
 
-def weights(model: nn.Module, handle: Perturbation, *, swapped: bool = True) -> list[Weight]:
+def weights(
+    model: nn.Module, handle: Perturbation, *, swapped: bool = True, only: Callable[[str, Tensor], bool] | None = None
+) -> list[Weight]:
     """Every parameter of a dense model, in module order, one that is tied once; `handle` is what perturbs them.
 
-    swapped: False leaves out the weights of swapped layers and packed tables, which may then be in few bits. Raises
-    ValueError for such weights otherwise, and for layers with coefficients of their own.
+    swapped: False leaves out the weights of swapped layers and packed tables, which may then be in few bits. only:
+    predicate (name, parameter) of those that take part among the others. Raises ValueError for weights in few bits
+    otherwise, and for layers with coefficients of their own.
     """
     found: list[Weight] = []
     known: dict[int, Weight] = {}  # by the id of the parameter
@@ -488,13 +491,13 @@ def weights(model: nn.Module, handle: Perturbation, *, swapped: bool = True) -> 
             module.probe = probe_dense
             found.append(Weight(f"{prefix}weight", module, "weight", module.param_id))
         if isinstance(module, ZOLinear):
-            if module.bias is not None:
+            if module.bias is not None and (only is None or only(f"{prefix}bias", module.bias)):
                 module.bias_id = param_id(f"{prefix}bias", module.bias.device)
                 found.append(Weight(f"{prefix}bias", module, "bias", module.bias_id))
             continue
         ids = {}
         for key, parameter in module._parameters.items():
-            if parameter is None:
+            if parameter is None or not (only is None or only(f"{prefix}{key}", parameter)):
                 continue
             if not parameter.is_contiguous():
                 raise ValueError(f"{prefix}{key} is not contiguous; make it so before it is trained")

@@ -265,7 +265,7 @@ def test_step_descends_and_flipped_ascends(preset, format):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_sequential_and_micro_batches_are_the_same_step(preset, format):
-    """And nothing is read from, or left in, a global generator; a copy of model and optimizer goes on by itself."""
+    """And nothing is read from, or left in, a global generator."""
     results, generator = [], torch.get_rng_state()
     for changes, parts in (({}, 1), ({"mode": "sequential"}, 1), ({}, 3)):
         optimizer, _ = make(preset, swapped(format), lr=5e-3, **changes)
@@ -277,11 +277,8 @@ def test_sequential_and_micro_batches_are_the_same_step(preset, format):
         for a, b in zip(steps, results[0][0], strict=True):
             assert torch.equal(a.losses, b.losses) and torch.equal(a.weights, b.weights)
         assert all(torch.equal(tensor, results[0][1][key]) for key, tensor in state.items() if key != "floor")
-    twin = copy.deepcopy(optimizer)
-    wanted = run(twin, 2)
-    assert optimizer.iteration == 3
-    got = run(optimizer, 2)
-    assert all(torch.equal(a.losses, b.losses) for a, b in zip(got, wanted, strict=True))
+    with pytest.raises(RuntimeError, match="make the optimizer after"):  # of a copy
+        run(copy.deepcopy(optimizer), 1)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -145,7 +145,9 @@ class Weight(Trainable):
 
     def check(self) -> None:
         if self._current().data_ptr() != self.value.data_ptr():
-            raise RuntimeError(f"{self.name} is another tensor since; create the optimizer after moving the model")
+            raise RuntimeError(
+                f"{self.name} is another tensor since; make the optimizer after moving or copying a model"
+            )
 
     def written(self) -> list[Tensor]:
         return [self.value]
@@ -197,7 +199,9 @@ class Scales(Trainable):
 
     def check(self) -> None:
         if self.layer.scale is not self.value:
-            raise RuntimeError(f"{self.name} has other scales since; create the optimizer after moving the model")
+            raise RuntimeError(
+                f"{self.name} has other scales since; make the optimizer after moving or copying a model"
+            )
 
     def held(self) -> dict[str, Tensor]:
         if self.offset is None:
@@ -337,7 +341,9 @@ class LowRank(Trainable):
         else:
             same = isinstance(owner, Perturbed) and owner.zo_factors[key].coeff is self.coeff
         if not same or (self.weight is not None and getattr(owner, key).data_ptr() != self.weight.data_ptr()):
-            raise RuntimeError(f"{self.name} has other tensors since; create the optimizer after moving the model")
+            raise RuntimeError(
+                f"{self.name} has other tensors since; make the optimizer after moving or copying a model"
+            )
 
     def held(self) -> dict[str, Tensor]:
         if self.weight is not None:

@@ -480,3 +480,20 @@ def test_regrouped_rows_are_refused():
     optimizer, _ = make("mezo", net)
     with pytest.raises(ValueError, match="layer 'table' got x of shape"):
         optimizer.step_on([lambda groups: losses(net, ids()[:1].repeat(3, 1))])
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "arguments", "message"),
+    [
+        ("mezo", torch.bfloat16, {"weight_decay": 0.1}, "only float32 weights decay"),
+        ("mezo", torch.bfloat16, {"optimizer": "adam"}, "16 bits lose small updates"),
+        ("sparse-mezo", torch.float32, {"optimizer": "momentum"}, "takes no masks"),
+        ("sparse-mezo", torch.float32, {"weight_decay": 0.1}, "takes no masks"),
+        ("sparse-mezo", torch.float32, {"sparsity": 1.0}, "sparsity is 1.0"),
+        ("zo-sparse", torch.float32, {"period": 0}, "period is 0"),
+        ("zo-sparse", torch.float32, {"rank": 2}, "has no argument 'rank'"),
+    ],
+)
+def test_errors(method, dtype, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        methods.create(method, swapped(dtype), **arguments)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ from close import assert_no_worse
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from zoact_kernels import methods, parameters, rng
+from zoact_kernels import methods, parameters, rng, trainables
 from zoact_kernels.embedding import PackedEmbedding
 from zoact_kernels.layers import ZOLinear, perturbed
 from zoact_kernels.methods import ZeroOrder
@@ -457,8 +458,42 @@ def test_another_method_takes_over():
     assert not torch.equal(values(twin)["up.weight"], values(again)["up.weight"])
 
 
+def test_the_worked_example_of_contributing(root):
+    """The method that CONTRIBUTING writes down trains the vectors of a low-bit model, and perturbs nothing else."""
+    code = re.search(r"```python\n(class VectorsOnly.*?)```", (root / "CONTRIBUTING.md").read_text(), re.DOTALL).group(
+        1
+    )
+    names = {"MeZO": methods.MeZO, "weights": trainables.weights}
+    exec(compile(code, "CONTRIBUTING.md", "exec"), names)
+    net = plain_net()
+    swap(net, ZOConfig(format="int4", group_size=8, rank=0), where=["up", "down"], example=(ids(),))
+    optimizer = names["VectorsOnly"](net, lr=0.1)
+    assert list(optimizer.trainables) == ["up.bias", "norm.weight", "norm.bias", "side.bias"]
+    assert type(net.table) is nn.Embedding and "weight" not in net.side.zo_ids
+    before = {name: t.value.clone() for name, t in optimizer.trainables.items()}
+    assert run(optimizer, 1)[0].signal > 0
+    assert all(not torch.equal(t.value, before[name]) for name, t in optimizer.trainables.items())
+
+
 def test_regrouped_rows_are_refused():
     net = swapped()
     optimizer, _ = make("mezo", net)
     with pytest.raises(ValueError, match="layer 'table' got x of shape"):
         optimizer.step_on([lambda groups: losses(net, ids()[:1].repeat(3, 1))])
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "arguments", "message"),
+    [
+        ("mezo", torch.bfloat16, {"weight_decay": 0.1}, "only float32 weights decay"),
+        ("mezo", torch.bfloat16, {"optimizer": "adam"}, "16 bits lose small updates"),
+        ("sparse-mezo", torch.float32, {"optimizer": "momentum"}, "takes no masks"),
+        ("sparse-mezo", torch.float32, {"weight_decay": 0.1}, "takes no masks"),
+        ("sparse-mezo", torch.float32, {"sparsity": 1.0}, "sparsity is 1.0"),
+        ("zo-sparse", torch.float32, {"period": 0}, "period is 0"),
+        ("zo-sparse", torch.float32, {"rank": 2}, "has no argument 'rank'"),
+    ],
+)
+def test_errors(method, dtype, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        methods.create(method, swapped(dtype), **arguments)

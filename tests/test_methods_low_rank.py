@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import zlib
 from collections.abc import Callable
@@ -259,6 +260,25 @@ def test_step_descends_and_flipped_ascends(preset, format):
             optimizer.step_on([evaluation(net, x)])
         after = float(losses(net, x).mean().detach())
         assert after < 0.9 * before if sign > 0 else after > 1.1 * before
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_sequential_and_micro_batches_are_the_same_step(preset, format):
+    """And nothing is read from, or left in, a global generator."""
+    results, generator = [], torch.get_rng_state()
+    for changes, parts in (({}, 1), ({"mode": "sequential"}, 1), ({}, 3)):
+        optimizer, _ = make(preset, swapped(format), lr=5e-3, **changes)
+        torch.set_rng_state(generator)
+        steps = run(optimizer, 3, parts)
+        results.append((steps, optimizer.state_dict()))
+        assert torch.equal(torch.get_rng_state(), generator)
+    for steps, state in results[1:]:
+        for a, b in zip(steps, results[0][0], strict=True):
+            assert torch.equal(a.losses, b.losses) and torch.equal(a.weights, b.weights)
+        assert all(torch.equal(tensor, results[0][1][key]) for key, tensor in state.items() if key != "floor")
+    with pytest.raises(RuntimeError, match="make the optimizer after"):  # of a copy
+        run(copy.deepcopy(optimizer), 1)
 
 
 @pytest.mark.parametrize("format", FORMATS)

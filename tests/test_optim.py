@@ -40,6 +40,7 @@ TORCH = {
     "sgd": lambda p, lr, wd: torch.optim.SGD(p, lr=lr, weight_decay=wd),
     "sign": lambda p, lr, wd: torch.optim.SGD(p, lr=lr, weight_decay=wd),
     "momentum": lambda p, lr, wd: torch.optim.SGD(p, lr=lr, momentum=0.9, weight_decay=wd),
+    "ema": lambda p, lr, wd: torch.optim.SGD(p, lr=lr, momentum=0.9, weight_decay=wd),
     "adam": lambda p, lr, wd: torch.optim.Adam(p, lr=lr, weight_decay=wd),
     "adamw": lambda p, lr, wd: torch.optim.AdamW(p, lr=lr, weight_decay=wd),
 }
@@ -56,7 +57,8 @@ def test_optim_equals_torch(rule, weight_decay, noise):
     for step in range(6):
         weights = step_weights(step)
         opt.update(SEEDS, weights, lr=1e-2)
-        for p, g in zip(theirs, gradients(weights.sign() / 2 if rule == "sign" else weights, noise), strict=True):
+        fed = {"sign": weights.sign() / 2, "ema": 0.1 * weights}.get(rule, weights)
+        for p, g in zip(theirs, gradients(fed, noise), strict=True):
             p.grad = g
         ref.step()
     for c, p in zip(ours.values(), theirs, strict=True):

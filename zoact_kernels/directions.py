@@ -1,6 +1,6 @@
 """Structures of a perturbation, each as its plain definition: which noise it draws, and the Delta [N, K] it stands for.
 
-    right-basis   Z [N, R], basis A [K, R] given   Delta = Z A^T   mean estimate grad A A^T   ZO-Act, AGZO
+    right-basis   Z [N, R], basis A [K, R] given   Delta = Z A^T   mean estimate grad A A^T   ZO-Act, AGZO, LOZO
     dense         Z [N, K]                         Delta = Z       mean estimate grad         MeZO, FZOO (signs)
 
 Kernels never build Delta; tests, tools and the reader do, here, from the same words of the generator (design law 2.1).

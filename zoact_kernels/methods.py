@@ -316,7 +316,7 @@ class SubZero(_Renewed):
         *,
         rank: int = 8,
         period: int = 2000,
-        delta_rank: int = 32,
+        delta_rank: int = 16,
         lr: float = 1e-6,
         optimizer: str = "sgd",
         **others: Any,

@@ -33,16 +33,17 @@ class Factors(NamedTuple):
         """Rows `rows` [n] of Delta, [n, K] fp32."""
         R = self.basis.shape[1]
         if self.left is None:
-            return rng.noise_of_rows(p.noise, seed, param_id, rows, R) @ self.basis.T
+            return _product(rng.noise_of_rows(p.noise, seed, param_id, rows, R), self.basis.T)
         z = rng.noise(p.noise, seed, param_id, R, R, device=rows.device)
-        return self.scale * (self.left[rows] @ z) @ self.basis.T
+        return _product(self.scale * _product(self.left[rows], z), self.basis.T)
 
     def coeff_groups(self, p: Perturbation, sigmas: Tensor, param_id: Tensor) -> Tensor | None:
         """scale U sum_s sigmas[g, s] Z_s, [groups, N, R]; None without a U, where a kernel makes the noise."""
         if self.left is None:
             return None
         R = self.basis.shape[1]
-        return self.scale * (self.left @ group_values(self.basis.new_zeros(R, R), p, sigmas, param_id))
+        cores = group_values(self.basis.new_zeros(R, R), p, sigmas, param_id)
+        return torch.stack([self.scale * (self.left @ core) for core in cores])  # one by one: the same bits for any G
 
 
 class Perturbed(nn.Module, Released):
@@ -94,7 +95,7 @@ class ZOEmbedding(Perturbed):
         p, table, factors = self.perturbation, super().forward(ids), self.zo_factors.get("weight")
         dtype = table.dtype
         if factors is not None:
-            table = table.float() + factors.coeff[ids] @ factors.basis.T
+            table = table.float() + _product(factors.coeff[ids], factors.basis.T)
         if not p.active:
             return table.to(dtype)
         sigmas = p.sigmas_of(self.zo_name, ids)
@@ -174,6 +175,14 @@ def _moved(module: Perturbed, key: str, sigmas: Tensor) -> Tensor:
     """Parameter `key` as each row group has it, fp32 [groups, *shape]."""
     own, mask = _own(module, key), module.zo_masks.get(key, Mask())
     return group_values(own, module.perturbation, sigmas, module.zo_ids[key], mask)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a [..., R] @ b [R, K], R being small: a row's bits depend on no other row, which a BLAS does not promise."""
+    total = a.new_zeros(*a.shape[:-1], b.shape[1])
+    for r in range(b.shape[0]):
+        total.addcmul_(a[..., r, None], b[r])
+    return total
 
 
 def _own(module: nn.Module, key: str) -> Tensor:

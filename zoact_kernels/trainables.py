@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -145,7 +145,9 @@ class Weight(Trainable):
 
     def check(self) -> None:
         if self._current().data_ptr() != self.value.data_ptr():
-            raise RuntimeError(f"{self.name} is another tensor since; create the optimizer after moving the model")
+            raise RuntimeError(
+                f"{self.name} is another tensor since; make the optimizer after moving or copying a model"
+            )
 
     def written(self) -> list[Tensor]:
         return [self.value]
@@ -197,7 +199,9 @@ class Scales(Trainable):
 
     def check(self) -> None:
         if self.layer.scale is not self.value:
-            raise RuntimeError(f"{self.name} has other scales since; create the optimizer after moving the model")
+            raise RuntimeError(
+                f"{self.name} has other scales since; make the optimizer after moving or copying a model"
+            )
 
     def held(self) -> dict[str, Tensor]:
         if self.offset is None:
@@ -337,7 +341,9 @@ class LowRank(Trainable):
         else:
             same = isinstance(owner, Perturbed) and owner.zo_factors[key].coeff is self.coeff
         if not same or (self.weight is not None and getattr(owner, key).data_ptr() != self.weight.data_ptr()):
-            raise RuntimeError(f"{self.name} has other tensors since; create the optimizer after moving the model")
+            raise RuntimeError(
+                f"{self.name} has other tensors since; make the optimizer after moving or copying a model"
+            )
 
     def held(self) -> dict[str, Tensor]:
         if self.weight is not None:
@@ -453,11 +459,14 @@ def probe_dense(layer: ZOLinear, x: Tensor, sigmas: Tensor, bias: Tensor | None)
     )  # fmt: skip
 
 
-def weights(model: nn.Module, handle: Perturbation, *, swapped: bool = True) -> list[Weight]:
+def weights(
+    model: nn.Module, handle: Perturbation, *, swapped: bool = True, only: Callable[[str, Tensor], bool] | None = None
+) -> list[Weight]:
     """Every parameter of a dense model, in module order, one that is tied once; `handle` is what perturbs them.
 
-    swapped: False leaves out the weights of swapped layers and packed tables, which may then be in few bits. Raises
-    ValueError for such weights otherwise, and for layers with coefficients of their own.
+    swapped: False leaves out the weights of swapped layers and packed tables, which may then be in few bits. only:
+    predicate (name, parameter) of those that take part among the others. Raises ValueError for weights in few bits
+    otherwise, and for layers with coefficients of their own.
     """
     found: list[Weight] = []
     known: dict[int, Weight] = {}  # by the id of the parameter
@@ -488,13 +497,13 @@ def weights(model: nn.Module, handle: Perturbation, *, swapped: bool = True) -> 
             module.probe = probe_dense
             found.append(Weight(f"{prefix}weight", module, "weight", module.param_id))
         if isinstance(module, ZOLinear):
-            if module.bias is not None:
+            if module.bias is not None and (only is None or only(f"{prefix}bias", module.bias)):
                 module.bias_id = param_id(f"{prefix}bias", module.bias.device)
                 found.append(Weight(f"{prefix}bias", module, "bias", module.bias_id))
             continue
         ids = {}
         for key, parameter in module._parameters.items():
-            if parameter is None:
+            if parameter is None or not (only is None or only(f"{prefix}{key}", parameter)):
                 continue
             if not parameter.is_contiguous():
                 raise ValueError(f"{prefix}{key} is not contiguous; make it so before it is trained")

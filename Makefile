@@ -21,8 +21,10 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(if $(STRICT),-
 # idle one the step takes the same time either way.
 export OMP_WAIT_POLICY ?= passive
 export ZOACT_BUILD_CPU ?= $(if $(STRICT),1,auto)
+# Minutes for nothing without a GPU: tests compile csrc/cuda themselves, for the CPU. ZOACT_BUILD_CUDA=1 make ... does it.
+export ZOACT_BUILD_CUDA ?= 0
 
-.PHONY: setup build test soak sanitize check format demo bench bench-peers clean
+.PHONY: setup build test soak sanitize check format demo bench bench-peers bench-gpu test-gpu gpu-report clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -58,6 +60,18 @@ bench: $(BUILT)
 # The libraries that the benchmark compares with; nothing else needs them.
 bench-peers: $(READY)
 	$(PIP) --no-deps -r benchmarks/peers.txt
+
+# On a machine with a GPU: PYTHON as found (torch, Triton), no .venv, no network, each within 9 minutes and with one
+# results file: benchmarks/results/gpu-<device>.jsonl and tests-gpu-<device>.json.
+bench-gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+test-gpu:
+	$(PYTHON) tests/gpu_lane.py $(ARGS)
+
+# What the machine code says a GPU would need, without one: benchmarks/results/gpu_report.md, .json, .png.
+gpu-report:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_report $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache $(BUILT) zoact_kernels/_C.*.so zoact_kernels/_cuda.so

@@ -6,8 +6,9 @@ runs it, so a rebuild compiles only what changed. Nothing here needs torch: the 
     ZOACT_BUILD_CPU=auto   (default) without a working compiler install pure Python, say so, and record the reason
     ZOACT_BUILD_CPU=1      a compiler is required, any failure is an error (`make`, CI)
     ZOACT_BUILD_CPU=0      pure Python
-    ZOACT_BUILD_CUDA=0     (default: minutes, and no op calls them yet) no csrc/cuda; auto: where nvcc is; 1: required
-    ZOACT_CUDA_ARCHS       the GPUs to compile for, "80 86 89 90a 100 120" by default, and PTX of the last one
+    ZOACT_BUILD_CUDA=auto  (default) csrc/cuda where nvcc is: three minutes of one core; 1: required; 0: not (`make`)
+    ZOACT_CUDA_ARCHS       the GPUs to compile for, and PTX of the last one; by default those of 80 86 89 90a 100 120
+                           that nvcc knows
 
 The CUDA kernels become a library of their own, `_cuda.so`, with a C interface and a static cudart: the module does not
 need it. `_build.json` beside the module records what was built, or why it was
@@ -174,6 +175,18 @@ def cuda_ninja_file(nvcc: str, archs: list[str], target: Path, folder: Path) -> 
     ])  # fmt: skip
 
 
+def known_archs(nvcc: str) -> str:
+    """Those of CUDA_ARCHS that this nvcc compiles for; all of them if it does not say."""
+    said = subprocess.run([nvcc, "--list-gpu-code"], text=True, capture_output=True).stdout.split()
+    return " ".join(arch for arch in CUDA_ARCHS.split() if f"sm_{arch.rstrip('af')}" in said) or CUDA_ARCHS
+
+
+def cuda_version(nvcc: str) -> str:
+    """Of the toolkit, "13.0": its major is the least that the driver has to know."""
+    said = subprocess.run([nvcc, "--version"], text=True, capture_output=True).stdout
+    return said.partition("release ")[2].partition(",")[0]
+
+
 def compile_cuda(target: Path, folder: Path, wish: str) -> dict[str, object]:
     """Compile csrc/cuda into `target`; returns what the record says of it."""
     try:
@@ -182,14 +195,13 @@ def compile_cuda(target: Path, folder: Path, wish: str) -> dict[str, object]:
         nvcc = shutil.which("nvcc")
         if nvcc is None:
             raise CannotBuild("no CUDA compiler: nvcc is not on the PATH")
-        archs = os.environ.get("ZOACT_CUDA_ARCHS", CUDA_ARCHS).replace(",", " ").split()
+        archs = os.environ.get("ZOACT_CUDA_ARCHS", known_archs(nvcc)).replace(",", " ").split()
         if not archs:
             raise CannotBuild("ZOACT_CUDA_ARCHS is empty")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(cuda_ninja_file(nvcc, archs, target.resolve(), folder))
         run_ninja(folder)
-        version = subprocess.run([nvcc, "--version"], text=True, capture_output=True).stdout.strip().split("\n")[-1]
-        return {"cuda_compiler": version, "cuda_archs": archs}
+        return {"cuda_version": cuda_version(nvcc), "cuda_archs": archs}
     except CannotBuild as reason:
         if wish == "1":
             raise SystemExit(f"zoact_kernels: {reason} (ZOACT_BUILD_CUDA=1 asks for the CUDA kernels)") from None
@@ -204,7 +216,7 @@ class BuildKernels(build_ext):
         wish = os.environ.get("ZOACT_BUILD_CPU", "auto")
         if wish not in ("auto", "0", "1"):
             raise SystemExit(f"ZOACT_BUILD_CPU is {wish!r}; it must be auto, 0 or 1")
-        cuda = os.environ.get("ZOACT_BUILD_CUDA", "0")
+        cuda = os.environ.get("ZOACT_BUILD_CUDA", "auto")
         if cuda not in ("auto", "0", "1"):
             raise SystemExit(f"ZOACT_BUILD_CUDA is {cuda!r}; it must be auto, 0 or 1")
         self.module = Path(self.get_ext_fullpath(self.extensions[0].name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 # name -> (out_features, in_features): layers of real models, one ideal shape, two awkward ones.
 SHAPES = {
@@ -14,6 +15,7 @@ SHAPES = {
     "smollm2-135m.down_proj": (576, 1536),
     "llama-3.2-1b.q_proj": (2048, 2048),
     "llama-3.2-1b.up_proj": (8192, 2048),
+    "llama-3.2-1b.down_proj": (2048, 8192),
     "llama-3-8b.q_proj": (4096, 4096),
     "llama-3-8b.up_proj": (14336, 4096),
     "llama-3-8b.down_proj": (4096, 14336),
@@ -35,7 +37,7 @@ class Case:
 
     zo_perturb_ and dequantize have no rows (M = 0); zo_update_ takes LAYERS coefficients [N, rank] with Adam's moments.
     residency: "cache", one weight called again and again; "rotating", a ring of weights of at least 300 MB, so that
-    each call reads its weight from memory.
+    each call reads its weight from memory. dtype: of x, y and the scales of int4 and int8; A and C are fp32 to our op.
     """
 
     shape: str
@@ -48,6 +50,7 @@ class Case:
     threads: int = 1
     op: str = "zo_linear"
     device: str = "cpu"
+    dtype: str = "float32"
 
     @property
     def N(self) -> int:
@@ -64,10 +67,15 @@ class Case:
 
     @property
     def packed_bytes(self) -> float:
-        """Of codes and scales, which a call has to read once; fp32 scales, as every peer keeps them."""
-        bits = {"int4": 4, "nf4": 4, "int8": 8, "dense": 32}[self.format]
-        scales = 0 if self.format == "dense" else 32 / self.group_size
-        return self.N * self.K * (bits + scales) / 8
+        """Of codes and scales, which a call has to read once."""
+        bits = {"int4": 4, "nf4": 4, "int8": 8, "dense": 8 * self.itemsize}[self.format]
+        scales = 0 if self.format == "dense" else 32 if self.format == "nf4" else 8 * self.itemsize
+        return self.N * self.K * (bits + scales / self.group_size) / 8
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of x."""
+        return 4 if self.dtype == "float32" else 2
 
     @property
     def bytes(self) -> float:
@@ -77,14 +85,15 @@ class Case:
         if self.op == "zo_perturb_":
             return 2.0 * self.packed_bytes
         if self.op == "dequantize":
-            return self.packed_bytes + 4.0 * self.N * self.K
-        return self.packed_bytes + 4.0 * (self.M * (self.N + self.K) + self.rank * (self.N + self.K))
+            return self.packed_bytes + self.itemsize * self.N * self.K
+        return self.packed_bytes + (self.itemsize * self.M + 4.0 * self.rank) * (self.N + self.K)
 
     def __str__(self) -> str:
         op = "" if self.op == "zo_linear" else f"{self.op} "
         rows = f" M={self.M} R={self.rank} G={self.groups}" if self.M else f" R={self.rank}" if self.rank else ""
         threads = "" if self.threads == 1 else f" threads={self.threads}"
-        return f"{op}{self.shape} {self.format}{rows} {self.residency}{threads}"
+        dtype = "" if self.dtype == "float32" else f" {self.dtype}"
+        return f"{op}{self.shape} {self.format}{rows}{dtype} {self.residency}{threads}"
 
 
 def full() -> Iterator[Case]:
@@ -162,6 +171,29 @@ def scaling() -> Iterator[Case]:
     for M in (32, 128, 512):
         for threads in (1, 2):
             yield Case(IDEAL, M, "int4", rank=8, groups=2, threads=threads)
+
+
+GPU_SHAPES = (IDEAL, "llama-3-8b.up_proj", "llama-3-8b.down_proj", "llama-3.2-1b.down_proj")
+GPU_ROWS = (1, 2, 8, 16, 32, 128, 512, 4096)
+
+
+def gpu_case(shape: str, M: int, **changes: Any) -> Case:
+    """zo_linear with + and - stacked. Weights come from memory; with 4096 rows the products take a hundred times longer
+    than reading them, and a ring of them would take minutes."""
+    residency = "rotating" if M < 4096 else "cache"
+    return Case(shape, M, groups=2 if M > 1 else 1, residency=residency, **{"dtype": "bfloat16", **changes})
+
+
+def gpu_updates(dtype: str) -> Iterator[Case]:
+    """The ops beside zo_linear, at the dtype of a GPU run."""
+    for M in (2, 32, 512):
+        for format in ("dense", "int4"):
+            yield Case(IDEAL, M, format, rank=0, residency="rotating", op="zo_dense_linear", dtype=dtype)
+    yield Case(IDEAL, 0, "dense", rank=0, residency="rotating", op="zo_perturb_", dtype=dtype)
+    for format in ("int4", "nf4"):
+        yield Case(IDEAL, 0, format, rank=0, residency="rotating", op="dequantize", dtype=dtype)
+    for rank in (1, 8):
+        yield Case("llama-3.2-1b.up_proj", 0, "dense", rank=rank, op="zo_update_")
 
 
 PROFILES = {

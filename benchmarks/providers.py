@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoact_kernels import ops, rng
-from zoact_kernels.formats import FORMATS, PackedWeight
+from zoact_kernels.dispatch import IMPLEMENTATIONS, Problem
+from zoact_kernels.formats import FORMATS, LAYOUTS, PackedWeight
+from zoact_kernels.layers import ZOLinear
 
 from .cases import Case
 
 PARAM_ID = 1234
 SIGMA = 1e-3
+SIGMA_HALF = 0.25  # 16-bit rounding would hide a missing Z of 1e-3 from the gate
 Call = Callable[[int], Any]
 
 
@@ -33,7 +36,7 @@ class Unsupported(Exception):
 class Data:
     """Tensors of a case. `ring` holds the weights in layout row; `seeds` one seed a pair of groups."""
 
-    x: Tensor  # fp32 [M, K], of mean 3 like activations after a gate
+    x: Tensor  # [M, K], of mean 3 like activations after a gate
     ring: list[PackedWeight]
     basis: Tensor | None  # [K, R]
     coeff: Tensor | None  # [N, R]
@@ -44,37 +47,55 @@ class Data:
 
 def make_data(case: Case, ring_bytes: float = 3e8) -> Data:
     """Random operands; codes are drawn, not quantised, since only their time matters."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(case.device).manual_seed(0)
     count = 1 if case.residency == "cache" else int(ring_bytes / case.packed_bytes) + 1
-    ring = [_weight(case, generator).to(case.device) for _ in range(count)]
-    x = (torch.randn(case.M, case.K, generator=generator) + 3).to(case.device)
+    ring = [_weight(case, generator) for _ in range(count)]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=case.device)
+
+    x = (normal(case.M, case.K) + 3).to(dtype_of(case))
     if not case.rank:
         return Data(x, ring, None, None, None, None)
     pairs = max(1, case.groups // 2)
     sigmas = torch.zeros(case.groups, pairs)
     for g in range(case.groups):
-        sigmas[g, g // 2] = -SIGMA if g % 2 else SIGMA
+        sigmas[g, g // 2] = -sigma_of(case) if g % 2 else sigma_of(case)
     return Data(
         x,
         ring,
-        torch.linalg.qr(torch.randn(case.K, case.rank, generator=generator))[0].contiguous().to(case.device),
-        (torch.randn(case.N, case.rank, generator=generator) * 1e-2).to(case.device),
+        torch.linalg.qr(normal(case.K, case.rank))[0].contiguous(),
+        normal(case.N, case.rank) * 1e-2,
         (torch.arange(pairs) + 7).to(case.device),
         sigmas.to(case.device),
     )
 
 
+def dtype_of(case: Case) -> torch.dtype:
+    return getattr(torch, case.dtype)
+
+
+def sigma_of(case: Case) -> float:
+    return SIGMA if case.dtype == "float32" else SIGMA_HALF
+
+
 def _weight(case: Case, generator: torch.Generator) -> PackedWeight:
-    N, K, size = case.N, case.K, case.group_size
+    N, K, size, device = case.N, case.K, case.group_size, case.device
     if case.format == "dense":
-        return PackedWeight("dense", "row", -1, N, K, torch.randn(N, K, generator=generator) / K**0.5)
+        w = torch.randn(N, K, generator=generator, device=device) / K**0.5
+        return PackedWeight("dense", "row", -1, N, K, w.to(dtype_of(case)))
     groups = -(-K // size)
-    scale = (torch.rand(N, groups, generator=generator) + 0.5) / K**0.5
+    scale = (torch.rand(N, groups, generator=generator, device=device) + 0.5) / K**0.5
+
+    def codes(low: int, high: int, columns: int, dtype: torch.dtype) -> Tensor:
+        return torch.randint(low, high, (N, columns), generator=generator, dtype=dtype, device=device)
+
     if case.format == "int8":
-        codes = torch.randint(-127, 128, (N, K), generator=generator, dtype=torch.int8)
-        return PackedWeight("int8", "row", size, N, K, codes, scale / 64)
-    codes = torch.randint(0, 256, (N, -(-K // 2)), generator=generator, dtype=torch.uint8)
-    return PackedWeight(case.format, "row", size, N, K, codes, scale / (4 if case.format == "int4" else 1))
+        scale = (scale / 64).to(dtype_of(case))
+        return PackedWeight("int8", "row", size, N, K, codes(-127, 128, K, torch.int8), scale)
+    # int4: half precision, which every peer takes; nf4: fp32, as bitsandbytes keeps it
+    scale = (scale / 4).to(dtype_of(case)) if case.format == "int4" else scale
+    return PackedWeight(case.format, "row", size, N, K, codes(0, 256, -(-K // 2), torch.uint8), scale)
 
 
 Provider = Callable[[Case, Data], Call]
@@ -82,37 +103,94 @@ Provider = Callable[[Case, Data], Call]
 # Our op ---------------------------------------------------------------------------------------------------------------
 
 
+def _arguments(case: Case, data: Data, w: PackedWeight, param_id: Tensor) -> tuple:
+    return (
+        data.x, w.weight, w.scale, w.offset, None, None, None, None, data.basis, data.coeff, None, None, data.seeds,
+        data.sigmas, param_id if data.seeds is not None else None, case.format, w.layout, w.group_size, case.N,
+        "normal", case.groups,
+    )  # fmt: skip
+
+
+def _problem(case: Case, data: Data, layout: str) -> Problem:
+    """What dispatch is asked for this case, were the weight stored in `layout`; an offset changes nothing here."""
+    w = data.ring[0]
+    return ops.linear_problem(*_arguments(case, data, w, _param_id(case)))._replace(layout=layout)
+
+
+def _param_id(case: Case) -> Tensor:
+    return torch.tensor([PARAM_ID], device=case.device)
+
+
+def _stored_for_layers(w: PackedWeight) -> PackedWeight:
+    """In the layout that a swapped model holds it in."""
+    return ZOLinear.from_packed(w).packed()
+
+
 def zoact(case: Case, data: Data) -> Call:
-    layout = "cpu" if case.device == "cpu" else "row"
-    ring = [w.to_layout(layout) for w in data.ring]
-    param_id = torch.tensor([PARAM_ID], device=case.device)
+    """Our op as a model runs it: dispatch chooses."""
+    ring, param_id = [_stored_for_layers(w) for w in data.ring], _param_id(case)
+    return lambda i: ops.zo_linear(*_arguments(case, data, ring[i], param_id))
 
-    def call(i: int) -> Tensor:
-        w = ring[i]
-        return ops.zo_linear(
-            data.x, w.weight, w.scale, w.offset, None, None, None, None, data.basis, data.coeff, None, None, data.seeds,
-            data.sigmas, param_id if data.seeds is not None else None, case.format, layout, w.group_size, case.N,
-            "normal", case.groups,
-        )  # fmt: skip
 
-    return call
+def chosen(case: Case, data: Data) -> str:
+    """The implementation that `zoact` runs."""
+    w = _stored_for_layers(data.ring[0])
+    return ops.choose(ops.linear_problem(*_arguments(case, data, w, _param_id(case)))).name
+
+
+def forced(name: str) -> Provider:
+    """Our op by one implementation: in the layout of a swapped model, or else the first one that it reads."""
+    implementation = next(i for i in IMPLEMENTATIONS if i.name == name)
+
+    def provider(case: Case, data: Data) -> Call:
+        layouts = dict.fromkeys((_stored_for_layers(data.ring[0]).layout, *LAYOUTS))
+        refusals = {layout: implementation.refusal(_problem(case, data, layout)) for layout in layouts}
+        layout = next((layout for layout, refusal in refusals.items() if refusal is None), None)
+        if layout is None:
+            raise Unsupported("; ".join(dict.fromkeys(str(refusal) for refusal in refusals.values())))
+        ring, param_id = [w.to_layout(layout) for w in data.ring], _param_id(case)
+
+        def call(i: int) -> Tensor:
+            with ops.using(name):
+                return ops.zo_linear(*_arguments(case, data, ring[i], param_id))
+
+        return call
+
+    return provider
+
+
+FORCED = tuple(i.name for i in IMPLEMENTATIONS if i.name != "reference")
+
+
+def foreign(device: str) -> list[str]:
+    """Providers of our implementations that belong to other devices."""
+    problem = Problem("zo_linear", device, torch.float32, 1, 64, 64)
+    refusals = {i.name: i.refusal(problem) or "" for i in IMPLEMENTATIONS if i.name in FORCED}
+    return [f"zoact {name}" for name, refusal in refusals.items() if "tensors are on" in refusal]
 
 
 # PyTorch --------------------------------------------------------------------------------------------------------------
 
 
 def side_path(case: Case, data: Data) -> Callable[[Tensor], Tensor]:
-    """y += (x A) C^T for all rows, then sigma (x_g A) Z^T per group: one torch.randn a seed, two skinny products."""
+    """y += (x A) C^T for all rows, then sigma (x_g A) Z^T per group: one torch.randn a seed, two skinny products.
+
+    All in the dtype of x, which is the fastest that torch offers here; our op keeps this term in fp32.
+    """
     if data.basis is None:
         return lambda y: y
-    basis, coeff, sigmas = data.basis, data.coeff, data.sigmas.tolist()
+    dtype = dtype_of(case)
+    basis, coeff, sigmas = data.basis.to(dtype), data.coeff.to(dtype), data.sigmas.tolist()
     size = case.M // case.groups
 
     def add(y: Tensor) -> Tensor:
         h = data.x @ basis
         y = y.addmm_(h, coeff.T)
         for s in range(len(sigmas[0])):
-            z = data.noise[s] if data.noise else torch.randn(case.N, case.rank, device=case.device)
+            if data.noise:
+                z = data.noise[s].to(dtype)
+            else:
+                z = torch.randn(case.N, case.rank, device=case.device, dtype=dtype)
             for g in (2 * s, 2 * s + 1):
                 if g < case.groups:
                     y[g * size : (g + 1) * size].addmm_(h[g * size : (g + 1) * size], z.T, alpha=sigmas[g][s])
@@ -122,23 +200,24 @@ def side_path(case: Case, data: Data) -> Callable[[Tensor], Tensor]:
 
 
 def _dequantise(case: Case, w: PackedWeight) -> Tensor:
-    """One vectorised dequantisation to fp32 [N, K]."""
-    N, K, size = case.N, case.K, case.group_size
+    """One vectorised dequantisation to the dtype of x, [N, K]."""
+    N, K, size, dtype = case.N, case.K, case.group_size, dtype_of(case)
     if case.format == "dense":
         return w.weight
     if case.format == "int8":
-        codes = w.weight.float()
+        codes = w.weight.to(dtype)
     else:
         pairs = torch.stack((w.weight & 15, w.weight >> 4), dim=-1).view(N, -1)[:, :K]
-        codes = _table(case.format, case.device)[pairs.int()] if case.format != "int4" else pairs.float() - 8
+        codes = _table(case.format, case.device, dtype)[pairs.int()] if case.format != "int4" else pairs.to(dtype) - 8
+    scale = w.scale.to(dtype)
     if K % size:
-        return codes * w.scale.repeat_interleave(size, dim=1)[:, :K]
-    return (codes.view(N, -1, size) * w.scale.unsqueeze(-1)).view(N, K)
+        return codes * scale.repeat_interleave(size, dim=1)[:, :K]
+    return (codes.view(N, -1, size) * scale.unsqueeze(-1)).view(N, K)
 
 
 @functools.cache
-def _table(format: str, device: str) -> Tensor:
-    return torch.tensor(FORMATS[format].table, device=device)
+def _table(format: str, device: str, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(FORMATS[format].table, device=device, dtype=dtype)
 
 
 def torch_unfused(case: Case, data: Data) -> Call:
@@ -162,14 +241,23 @@ class _Stored:
 
 
 def torch_dense(case: Case, data: Data) -> Call:
-    """Resident fp32 weights, no dequantisation, the side path: what a user without memory limits has."""
+    """Resident weights in the dtype of x, no dequantisation, the side path: what a user without memory limits has."""
     if case.format == "dense":
         raise Unsupported("torch unfused is that here")
-    if case.residency == "rotating" and case.N * case.K * 4 * len(data.ring) > 4e9:
-        raise Unsupported("the ring in fp32 is larger than 4 GB")
-    ring = [w.dequantize(torch.float32) for w in data.ring]
+    if case.residency == "rotating" and case.N * case.K * case.itemsize * len(data.ring) > 4e9:
+        raise Unsupported("the dense ring is larger than 4 GB")
+    ring = [w.dequantize(dtype_of(case)) for w in data.ring]
     add = side_path(case, data)
     return lambda i: add(torch.nn.functional.linear(data.x, ring[i]))
+
+
+def bare(provider: Provider) -> Provider:
+    """The product alone, without the side path: a floor, not the same work."""
+    return lambda case, data: provider(*without_side_path(case, data))
+
+
+def without_side_path(case: Case, data: Data) -> tuple[Case, Data]:
+    return replace(case, rank=0, groups=1), Data(data.x, data.ring, None, None, None, None)
 
 
 # Peers ----------------------------------------------------------------------------------------------------------------
@@ -184,9 +272,11 @@ def _needs(library: str) -> Any:
         raise Unsupported(f"{library} is not installed") from error
 
 
-def _whole_groups(case: Case, *formats: str) -> None:
-    if case.device != "cpu":
-        raise Unsupported("called on the CPU only")
+def _whole_groups(case: Case, *formats: str, devices: tuple[str, ...] = ("cpu",), dtypes: str = "float32") -> None:
+    if case.device not in devices:
+        raise Unsupported(f"called on {' and '.join(devices)} only")
+    if case.dtype not in dtypes.split():
+        raise Unsupported(f"{case.dtype} activations are not called")
     if case.format not in formats:
         raise Unsupported(f"{case.format} is not among {', '.join(formats)}")
     if case.K % case.group_size:
@@ -195,11 +285,12 @@ def _whole_groups(case: Case, *formats: str) -> None:
 
 def bitsandbytes_ring(case: Case, data: Data) -> list[tuple[Tensor, Any]]:
     """The ring as bitsandbytes stores it: (codes, its nibbles high first; quantisation state)."""
-    _whole_groups(case, "nf4")
+    _whole_groups(case, "nf4", devices=("cpu", "cuda"), dtypes="float32 float16 bfloat16")
     functional = _needs("bitsandbytes.functional")
     ring = []
     for w in data.ring:
-        state = functional.quantize_4bit(torch.zeros(case.N, case.K), blocksize=case.group_size, quant_type="nf4")[1]
+        zeros = torch.zeros(case.N, case.K, device=case.device, dtype=dtype_of(case))
+        state = functional.quantize_4bit(zeros, blocksize=case.group_size, quant_type="nf4")[1]
         state.absmax.copy_(w.scale.reshape(-1))
         ring.append(((w.weight >> 4 | w.weight << 4).reshape(-1, 1), state))
     return ring
@@ -212,18 +303,22 @@ def bitsandbytes_nf4(case: Case, data: Data) -> Call:
 
 
 def aten_int4_bf16(case: Case, data: Data) -> Call:
-    """bf16 activations and outputs: another class of precision, shown beside, never counted as a peer."""
-    _whole_groups(case, "int4")
+    """bf16 activations and outputs: on the CPU, against fp32 ones, another class of precision and never a peer."""
+    cpu = case.device == "cpu"
+    _whole_groups(case, "int4", devices=("cpu", "cuda"), dtypes="float32 bfloat16" if cpu else "bfloat16")
     if case.N % 16 or case.group_size not in (32, 64, 128, 256):
         raise Unsupported("N has to be a multiple of 16 and group_size 32, 64, 128 or 256")
-    ring = []
+    aten, ring = torch.ops.aten, []
     for w in data.ring:
-        codes = w.codes().int()
         scales = torch.stack([w.scale.t(), torch.zeros_like(w.scale).t()], -1).contiguous().bfloat16()
-        ring.append((torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), scales))
+        if cpu:
+            packed = aten._convert_weight_to_int4pack_for_cpu(w.codes().int(), 1)
+        else:  # its bytes hold the higher nibble first
+            packed = aten._convert_weight_to_int4pack(w.weight >> 4 | w.weight << 4, 8)
+        ring.append((packed, scales))
     x, add = data.x.bfloat16(), side_path(case, data)
-    product = torch.ops.aten._weight_int4pack_mm_for_cpu
-    return lambda i: add(product(x, ring[i][0], case.group_size, ring[i][1]).float())
+    product = aten._weight_int4pack_mm_for_cpu if cpu else aten._weight_int4pack_mm
+    return lambda i: add(product(x, ring[i][0], case.group_size, ring[i][1]).to(data.x.dtype))
 
 
 def openvino(case: Case, data: Data) -> Call:
@@ -312,9 +407,12 @@ def ark(case: Case, data: Data) -> Call:
 
 PROVIDERS: dict[str, Provider] = {
     "zoact": zoact,
+    **{f"zoact {name}": forced(name) for name in FORCED},
     "torch unfused": torch_unfused,
     "torch compiled": torch_compiled,
     "torch dense": torch_dense,
+    "dense product": bare(torch_dense),
+    "aten int4 product": bare(aten_int4_bf16),
     "bitsandbytes": bitsandbytes_nf4,
     "aten int4 bf16": aten_int4_bf16,
     "openvino": openvino,
@@ -322,6 +420,8 @@ PROVIDERS: dict[str, Provider] = {
     "ark": ark,
 }
 OURS = "zoact"
+BARE = ("dense product", "aten int4 product")
+EXTRA = (*(f"zoact {name}" for name in FORCED), *BARE)  # timed where asked for
 UNFUSED = ("torch unfused", "torch compiled")
 EXACT_PEERS = ("openvino", "onnxruntime", "ark")
 

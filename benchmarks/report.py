@@ -10,12 +10,13 @@ import argparse
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from zoact_kernels.memory import human
 
-from .cases import IDEAL
+from .cases import IDEAL, Case
 from .providers import EXACT_PEERS, OURS, UNFUSED
 from .run import RESULTS
 
@@ -24,24 +25,41 @@ MARKS = ("<!-- benchmarks -->", "<!-- /benchmarks -->")
 Row = dict[str, Any]
 
 
-def load(files: Iterable[Path]) -> tuple[list[Row], list[Row], list[Row]]:
-    """(runs, rows of kernels, rows of steps): the latest row of each case or contender and provider."""
-    runs, rows, steps = [], {}, {}
+class Results(NamedTuple):
+    """Of results files: runs, and the latest row of each case or contender and provider."""
+
+    runs: list[Row]
+    rows: list[Row]  # of kernels
+    steps: list[Row]  # of the demo model on the CPU
+    gpu_steps: list[Row]
+
+
+def load(files: Iterable[Path]) -> Results:
+    runs: list[Row] = []
+    rows: dict[tuple, Row] = {}
+    steps: dict[tuple, Row] = {}
+    gpu_steps: dict[tuple, Row] = {}
     for file in files:
         for line in file.read_text().splitlines():
             entry = json.loads(line)
             if "provider" in entry:
                 rows[(*_case(entry), entry["provider"])] = entry
+            elif "gpu_step" in entry:
+                gpu_steps[entry["gpu_step"], entry["B"], entry["T"]] = entry
             elif "step" in entry:
                 steps[entry["step"], entry["threads"]] = entry
-            else:
+            elif "machine" in entry:
                 runs.append(entry)
-    return runs, list(rows.values()), list(steps.values())
+    return Results(runs, list(rows.values()), list(steps.values()), list(gpu_steps.values()))
+
+
+# What a row says when its file is older than the key.
+_DEFAULTS = {field.name: field.default for field in fields(Case)}
+_KEYS = ("op", "shape", "format", "group_size", "residency", "threads", "rank", "groups", "M")
 
 
 def _case(row: Row) -> tuple:
-    keys = ("op", "shape", "format", "group_size", "residency", "threads", "rank", "groups", "M")
-    return tuple(row[key] for key in keys)
+    return tuple(row.get(key, _DEFAULTS[key]) for key in (*_KEYS, "dtype", "device"))
 
 
 def _by_case(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
@@ -82,7 +100,7 @@ def table(rows: list[Row]) -> list[str]:
         ours = _best(group, [OURS])
         if ours is None:
             continue
-        op, shape, format, size, residency, threads, rank, groups, M = case
+        op, shape, format, size, residency, threads, rank, groups, M, *_ = case
         parts = ["" if op == "zo_linear" else op, shape, format if format == "dense" else f"{format} g{size}"]
         parts += [f"M={M} R={rank} G={groups}" if M else f"R={rank}" if rank else "", residency if M else ""]
         parts += [f"{threads} threads" if threads > 1 else ""]
@@ -132,7 +150,7 @@ def aims(rows: list[Row], steps: list[Row]) -> list[str]:
 
     def group(M: int, rank: int, format: str = "int4", residency: str = "cache", threads: int = 1) -> list[Row]:
         groups = 2 if rank and M > 1 else 1
-        return cases.get(("zo_linear", IDEAL, format, 64, residency, threads, rank, groups, M), [])
+        return cases.get(("zo_linear", IDEAL, format, 64, residency, threads, rank, groups, M, "float32", "cpu"), [])
 
     def over(rows: list[Row], providers: Iterable[str]) -> float | None:
         best = _best(rows, providers)
@@ -162,7 +180,8 @@ def aims(rows: list[Row], steps: list[Row]) -> list[str]:
             return quotient(seconds(group(M, 0)), seconds(group(M, 8)))
         if "threads" in claim:
             return quotient(seconds(group(M, 8)), seconds(group(M, 8, threads=2)))
-        return over(cases.get(("zo_perturb_", IDEAL, "dense", 64, "cache", 1, 0, 2, 0), []), ["torch unfused"])
+        perturbed = cases.get(("zo_perturb_", IDEAL, "dense", 64, "cache", 1, 0, 2, 0, "float32", "cpu"), [])
+        return over(perturbed, ["torch unfused"])
 
     lines = ["| aim, 4096 x 4096 int4 g64 unless said | M | at least | measured | |", "|---|---|---|---|---|"]
 
@@ -186,6 +205,128 @@ def aims(rows: list[Row], steps: list[Row]) -> list[str]:
             if threads == 1:
                 add("memory of MeZO / ours", "608", 2, quotient(mezo["bytes_above_imports"]["step"], ours))
     return lines
+
+
+# --- GPUs -------------------------------------------------------------------------------------------------------------
+
+
+class Target(NamedTuple):
+    """A claim about a GPU run, the worst case that was measured for it, and how many there were; value None: none."""
+
+    claim: str
+    wanted: float
+    value: float | None
+    worst: str
+    count: int
+    at_most: bool = False
+
+    @property
+    def verdict(self) -> str:
+        if self.value is None:
+            return "not measured"
+        return "reached" if (self.value <= self.wanted if self.at_most else self.value >= self.wanted) else "missed"
+
+    def __str__(self) -> str:
+        value = "–" if self.value is None else f"{self.value:.3f}"
+        worst = f", worst of {self.count}: {self.worst}" if self.value is not None else ""
+        return f"{self.verdict}: {self.claim} {'<=' if self.at_most else '>='} {self.wanted}: {value}{worst}"
+
+
+def gpu_targets(rows: list[Row], gpu_steps: list[Row]) -> list[Target]:
+    """What the project set out to reach on a GPU, each judged by its worst case."""
+    cases = {
+        case: group
+        for case, group in _by_case(row for row in rows if row["op"] == "zo_linear" and row["format"] == "int4").items()
+        if group[0]["rank"]
+    }
+    speedups, shares = [], []
+    for group in cases.values():
+        ours = _best(group, [OURS])
+        unfused = [row for row in group if row["provider"] in UNFUSED and "over_ours" in row]
+        name = f"{group[0]['shape']} {group[0].get('dtype', '')} R={group[0]['rank']} M={group[0]['M']}"
+        if unfused:
+            speedups.append((min(row["over_ours"]["p50"] for row in unfused), group[0]["M"], name))
+        elif ours is None:
+            speedups.append((0.0, group[0]["M"], f"{name}, where ours is {_status(group)}"))
+        if ours is not None and "bandwidth_share" in ours and group[0]["M"] <= 16:
+            shares.append((ours["bandwidth_share"], group[0]["M"], name))
+
+    def judged(claim: str, wanted: float, found: list[tuple[float, int, str]]) -> Target:
+        value, _, worst = min(found, default=(None, 0, ""))
+        return Target(claim, wanted, value, worst, len(found))
+
+    def at_most(claim: str, wanted: float, found: list[tuple[float, str]]) -> Target:
+        value, worst = max(found, default=(None, ""))
+        return Target(claim, wanted, value, worst, len(found), True)
+
+    took = {(row["gpu_step"], row["B"], row["T"]): row for row in gpu_steps}
+
+    def named(row: Row) -> str:
+        return f"{row['gpu_step']}, {row['rows']} rows of {row['model']}"
+
+    times = [
+        (row["over_floor"]["p50"], named(row))
+        for (name, *_), row in took.items()
+        if "over_floor" in row and name.startswith("step")
+    ]
+    peaks = []
+    for (name, B, T), row in took.items():
+        floor = took.get(("floor", B, T), {}).get("bytes", {}).get("peak")
+        if name == "step" and floor and row["bytes"]["peak"]:
+            peaks.append((row["bytes"]["peak"] / floor, named(row)))
+    return [
+        at_most("time of a step / its floor", 1.05, times),
+        at_most("peak memory of a step / inference", 1.02, peaks),
+        judged("unfused PyTorch / int4 zo_linear, M <= 32", 3.0, [x for x in speedups if x[1] <= 32]),
+        judged("unfused PyTorch / int4 zo_linear, M = 4096", 1.2, [x for x in speedups if x[1] == 4096]),
+        judged("unfused PyTorch / int4 zo_linear, anywhere", 1.0, speedups),
+        judged("share of the measured copy bandwidth, M <= 16", 0.7, shares),
+    ]
+
+
+def _status(group: list[Row]) -> str:
+    return next((row["status"] for row in group if row["provider"] == OURS), "missing")
+
+
+def gpu_table(rows: list[Row]) -> list[str]:
+    """One line a case: our time, share of the roof, who ran; how many times longer each of the others takes."""
+    others = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] != OURS))
+    lines = [f"| case | ours, µs | reached | chosen | {' | '.join(others)} |", "|---" * (4 + len(others)) + "|"]
+    for case, group in _by_case(rows).items():
+        op, shape, format, _, _, _, rank, groups, M, dtype, _ = case
+        by = {row["provider"]: row for row in group}
+        ours = by.get(OURS, {})
+        time = f"{ours['seconds']['p50'] * 1e6:.1f}" if "seconds" in ours else ours.get("status", "–")
+        share = max(ours.get("flops_share", 0), ours.get("bandwidth_share", 0))
+        cells = [_over(by[name]) if "seconds" in by.get(name, {}) else by.get(name, {}).get("status", "–")
+                 for name in others]  # fmt: skip
+        label = f"{op} {shape} {format} {dtype}" + (f" M={M} R={rank} G={groups}" if M else f" R={rank}")
+        lines.append(f"| {label} | {time} | {share:.0%} | {ours.get('chosen', '–')} | {' | '.join(cells)} |")
+    return lines
+
+
+def gpu_section(file: Path) -> list[str]:
+    """Everything of one results file of a GPU."""
+    found = load([file])
+    lines = [f"## {file.stem}", ""]
+    for run in found.runs[-1:]:
+        versions = ", ".join(f"{name} {v}" for name, v in run["machine"]["versions"].items())
+        roof = run["roof"]
+        lines += [
+            f"{run['machine'].get('gpu', run['machine']['cpu'])}; {versions}; commit {run['machine']['commit']}. "
+            f"Measured roof: {roof['flops'] / 1e12:.1f} TFLOP/s, {roof['memory_bandwidth'] / 1e9:.0f} GB/s.", "",
+        ]  # fmt: skip
+    lines += [f"* {target}" for target in gpu_targets(found.rows, found.gpu_steps)]
+    lines += ["", "| step | model | rows | ms | over its floor | peak |", "|---|---|---|---|---|---|"]
+    for row in found.gpu_steps:
+        time = f"{row['seconds']['p50'] * 1e3:.3f}" if "seconds" in row else row.get("note", "–")
+        over = f"{row['over_floor']['p50']:.3f}" if "over_floor" in row else "–"
+        peak = human(row["bytes"]["peak"]) if "bytes" in row else "–"
+        lines.append(f"| {row['gpu_step']} | {row['model']} | {row['rows']} | {time} | {over} | {peak} |")
+    return [*lines, "", *gpu_table(found.rows), ""]
+
+
+# --- figures and files ------------------------------------------------------------------------------------------------
 
 
 def figures(rows: list[Row], steps: list[Row], roof: dict[str, float], folder: Path) -> list[Path]:
@@ -284,7 +425,8 @@ def main() -> None:
     files = parser.parse_args().files or sorted(RESULTS.glob("*.jsonl"))
     if not files:
         parser.error("no results yet; run `make bench` first")
-    runs, rows, steps = load(files)
+    gpu_files = [file for file in files if file.name.startswith("gpu-")]
+    runs, rows, steps, _ = load(file for file in files if file not in gpu_files)
     kernels = [run for run in runs if run.get("roof")]
     roof = kernels[-1]["roof"] if kernels else {}
     head = []
@@ -299,9 +441,13 @@ def main() -> None:
             "multiples of our time: median [p20, p80] of the ratio round by round."
         )
     body = "\n".join([*head, "", *aims(rows, steps), "", *table(rows), "", *(steps_table(steps) if steps else [])])
+    body += "".join("\n" + "\n".join(gpu_section(file)) for file in gpu_files)
     write_whole(RESULTS / "report.md", f"# Benchmarks\n\n{body}\n")
-    for path in figures(rows, steps, roof, RESULTS):
-        print(path)
+    try:
+        for path in figures(rows, steps, roof, RESULTS):
+            print(path)
+    except ImportError as error:
+        print(f"no figures: {error}")
     if all(mark in README.read_text() for mark in MARKS):
         ideal = [row for row in rows if row["provider"] in _SHOWN and _in_readme(row)]
         short = "\n".join([*head, "", *table(ideal), "", *(steps_table(steps) if steps else [])])

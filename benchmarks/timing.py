@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -20,9 +21,11 @@ import torch
 
 from zoact_kernels import memory
 
-SAMPLE_SECONDS = 0.01  # a sample repeats its call until it lasts this long: the clock's grain is far below
-ROUNDS = 15
-BUDGET_SECONDS = 20.0  # of one case and provider; fewer rounds, at least 3, where a call is slow
+# A sample repeats its call until it lasts this long: the clock's grain is far below. A GPU's clocks are events, and its
+# run is to fit into minutes.
+SAMPLE_SECONDS = {"cpu": 0.01, "cuda": 0.0015}
+ROUNDS = {"cpu": 15, "cuda": 25}
+BUDGET_SECONDS = {"cpu": 20.0, "cuda": 0.5}  # of one case and provider; fewer rounds, at least 3, where a call is slow
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,14 @@ class Times:
     @property
     def median(self) -> float:
         return statistics.median(self.samples)
+
+    def over(self, calls: int) -> Times:
+        """Seconds of one of the `calls` that a sample made."""
+        return Times(tuple(sample / calls for sample in self.samples))
+
+    def spread(self) -> dict[str, float]:
+        """What a results file holds of it."""
+        return {"p20": self.quantile(0.2), "p50": self.median, "p80": self.quantile(0.8), "n": len(self.samples)}
 
 
 def clock_of(device: str, threads: int) -> Callable[[], float]:
@@ -65,14 +76,15 @@ def interleaved(
     ring: int,
     threads: int,
     device: str = "cpu",
-    rounds: int = ROUNDS,
-    budget: float = BUDGET_SECONDS,
+    rounds: int | None = None,
+    budget: float | None = None,
 ) -> dict[str, Times]:
     """Time the calls in turn, A B C A B C …, so that drift of the machine meets all of them.
 
     The index that a call gets walks around a ring of that size.
     """
     clock = clock_of(device, threads)
+    rounds, budget = rounds or ROUNDS[device], budget or BUDGET_SECONDS[device]
     repeats = {}
     for name, call in calls.items():
         for i in range(min(ring, 3)):
@@ -80,7 +92,7 @@ def interleaved(
         start = clock()
         call(0)
         once = max(clock() - start, 1e-6)
-        repeats[name] = max(1, min(1000, round(SAMPLE_SECONDS / once)))
+        repeats[name] = max(1, min(1000, round(SAMPLE_SECONDS[device] / once)))
         rounds = max(3, min(rounds, int(budget / (repeats[name] * once))))
     position = dict.fromkeys(calls, 0)
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -94,6 +106,31 @@ def interleaved(
             samples[name].append((clock() - start) / count)
             position[name] = i
     return {name: Times(tuple(values)) for name, values in samples.items()}
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device; errors of work before show here."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def captured(call: Callable[[int], Any], ring: int, device: str) -> Callable[[int], Any]:
+    """A CUDA graph of call(0) … call(ring - 1), as a function that replays it: no time of the host, no idle GPU.
+
+    On the CPU, where there are no graphs, a function that makes the calls.
+    """
+    if device == "cpu":
+        return lambda i: [call(j) for j in range(ring)]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call(0)  # libraries allocate their workspaces for a stream
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(ring):
+            call(i)
+    return lambda i: graph.replay()
 
 
 def ratio(a: Times, b: Times) -> Times:
@@ -123,19 +160,19 @@ def peak_bytes(call: Callable[[int], Any], device: str) -> int | None:
     return peak.bytes
 
 
-def roof(device: str = "cpu") -> dict[str, float]:
+def roof(device: str = "cpu", side: int = 8192, elements: int = 1 << 28) -> dict[str, float]:
     """Measured limits: flop/s and bytes/s.
 
-    CPU: of one core, by fp32 fma, from cache (4 MB) and from memory (512 MB); {} without g++. GPU: by a large fp16
-    matrix product and a large copy.
+    CPU: of one core, by fp32 fma, from cache (4 MB) and from memory (512 MB); {} without g++. GPU: by an fp16
+    product of matrices of `side` and a copy of so many fp32 elements.
     """
     if device != "cpu":
-        a = torch.randn(8192, 8192, device=device, dtype=torch.float16)
-        big = torch.empty(1 << 28, device=device)
+        a = torch.randn(side, side, device=device, dtype=torch.float16)
+        big = torch.empty(elements, device=device)
         taken = interleaved({"product": lambda i: a @ a, "copy": lambda i: big.clone()}, 1, 1, device)
         bandwidth = 8.0 * big.numel() / taken["copy"].quantile(0)
         return {
-            "flops": 2.0 * 8192**3 / taken["product"].quantile(0),
+            "flops": 2.0 * side**3 / taken["product"].quantile(0),
             "cache_bandwidth": bandwidth,
             "memory_bandwidth": bandwidth,
         }
@@ -160,6 +197,24 @@ def roof(device: str = "cpu") -> dict[str, float]:
         }
 
 
+def _gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties()
+    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,utilization.gpu"
+    state = []
+    with contextlib.suppress(OSError):
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]
+        state = subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()
+    return {
+        "gpu": properties.name,
+        "arch": f"{properties.major}.{properties.minor}",
+        "gpu_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": getattr(properties, "L2_cache_size", None),
+        "cuda": torch.version.cuda or torch.version.hip,
+        "state": state,
+    }
+
+
 def machine() -> dict[str, Any]:
     """Where and with what a result was measured."""
     from importlib.metadata import PackageNotFoundError, version
@@ -179,18 +234,19 @@ def machine() -> dict[str, Any]:
     else:
         flags = []
     wanted = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    )
-    packages = ("torch", "bitsandbytes", "onnxruntime", "openvino", "auto-round-lib")
+    commit = None
+    with contextlib.suppress(OSError):  # no git
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    packages = ("torch", "triton", "transformers", "bitsandbytes", "onnxruntime", "openvino", "auto-round-lib")
     return {
         "cpu": cpu,
-        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
+        **(_gpu() if torch.cuda.is_available() else {}),
         "cores": os.cpu_count(),
         "flags": [flag for flag in wanted if flag in flags],
         "python": platform.python_version(),
         "versions": {name: v for name in packages if (v := version_of(name))},
-        "commit": commit.stdout.strip() or None,
+        "commit": commit,
         "torch_threads": torch.get_num_threads(),
         "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

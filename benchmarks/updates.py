@@ -6,6 +6,7 @@ call changed matter.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -14,41 +15,58 @@ from torch import Tensor
 from zoact_kernels import ops, reference, rng
 
 from .cases import LAYERS, Case
-from .providers import PARAM_ID, SIGMA, Call, Data, Provider, _dequantise, _needs, bitsandbytes_ring
+from .providers import (
+    PARAM_ID,
+    Call,
+    Data,
+    Provider,
+    _dequantise,
+    _needs,
+    _stored_for_layers,
+    bitsandbytes_ring,
+    dtype_of,
+    sigma_of,
+)
 
 SEED = 7
 
 
 def _scalars(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """seeds [1], weights [1], param_id [1] on the device."""
-    values = torch.tensor([SEED]), torch.tensor([SIGMA]), torch.tensor([PARAM_ID])
+    values = torch.tensor([SEED]), torch.tensor([sigma_of(case)]), torch.tensor([PARAM_ID])
     return tuple(value.to(case.device) for value in values)  # type: ignore[return-value]
 
 
 def _noise(case: Case, data: Data, columns: int) -> Tensor:
     """torch.randn, or the very Z of our seed where the gate has set it."""
-    return data.noise[0] if data.noise else torch.randn(case.N, columns, device=case.device)
+    if data.noise:
+        return data.noise[0].to(dtype_of(case))
+    return torch.randn(case.N, columns, device=case.device, dtype=dtype_of(case))
 
 
 def _set_noise(case: Case, data: Data, columns: int) -> Tensor:
-    data.noise = [rng.noise("normal", SEED, PARAM_ID, case.N, columns).to(case.device)]
+    data.noise = [_drawn(case.N, columns).to(case.device)]
     return data.noise[0].double()
+
+
+@functools.lru_cache(maxsize=1)  # seconds in NumPy for a large layer, and every provider's gate wants the same
+def _drawn(rows: int, columns: int) -> Tensor:
+    return rng.noise("normal", SEED, PARAM_ID, rows, columns)
 
 
 # zo_dense_linear: + and - of one dense direction ----------------------------------------------------------------------
 
 
 def dense_linear(case: Case, data: Data) -> Call:
-    layout = "cpu" if case.device == "cpu" else "row"
-    ring = [w.to_layout(layout) for w in data.ring]
+    ring = [_stored_for_layers(w) for w in data.ring]
     seeds, _, param_id = _scalars(case)
-    sigmas = torch.tensor([[SIGMA], [-SIGMA]], device=case.device)
+    sigmas = torch.tensor([[sigma_of(case)], [-sigma_of(case)]], device=case.device)
 
     def call(i: int) -> Tensor:
         w = ring[i]
         return ops.zo_dense_linear(
             data.x, w.weight, w.scale, w.offset, None, None, seeds, sigmas, param_id, None, None, None, case.format,
-            layout, w.group_size, case.N, "normal", groups=2,
+            w.layout, w.group_size, case.N, "normal", groups=2,
         )  # fmt: skip
 
     return call
@@ -56,13 +74,14 @@ def dense_linear(case: Case, data: Data) -> Call:
 
 def torch_dense_linear(case: Case, data: Data) -> Call:
     """Z made once, W + sigma Z and W - sigma Z in turn in one buffer."""
+    sigma = sigma_of(case)
 
     def call(i: int) -> Tensor:
         w, z = _dequantise(case, data.ring[i]), _noise(case, data, case.K)
         plus, minus = data.x.chunk(2)
-        moved = torch.add(w, z, alpha=SIGMA)
+        moved = torch.add(w, z, alpha=sigma)
         y = plus @ moved.T
-        moved.add_(z, alpha=-2 * SIGMA)
+        moved.add_(z, alpha=-2 * sigma)
         return torch.cat([y, minus @ moved.T])
 
     return call
@@ -72,7 +91,8 @@ def gate_dense_linear(case: Case, data: Data, call: Call) -> float:
     z = _set_noise(case, data, case.K)
     w = data.ring[0].dequantize(torch.float64)
     plus, minus = data.x.double().chunk(2)
-    want = torch.cat([plus @ (w + SIGMA * z).T, minus @ (w - SIGMA * z).T])
+    sigma = sigma_of(case)
+    want = torch.cat([plus @ (w + sigma * z).T, minus @ (w - sigma * z).T])
     got = call(0).double()
     data.noise = None
     return float((got - want).abs().max() / want.abs().max())
@@ -87,17 +107,17 @@ def perturb(case: Case, data: Data) -> Call:
 
 
 def torch_perturb(case: Case, data: Data) -> Call:
-    return lambda i: data.ring[i].weight.add_(SIGMA * _noise(case, data, case.K))
+    return lambda i: data.ring[i].weight.add_(sigma_of(case) * _noise(case, data, case.K))
 
 
 def gate_perturb(case: Case, data: Data, call: Call) -> float:
-    """Of what was added, so that rounding of w to fp32 is part of the error."""
+    """Of what was added, so that rounding of w is part of the error."""
     z = _set_noise(case, data, case.K)
     before = data.ring[0].weight.double()
     call(0)
-    error = (data.ring[0].weight.double() - before - SIGMA * z).abs().max()
+    error = (data.ring[0].weight.double() - before - sigma_of(case) * z).abs().max()
     data.noise = None
-    return float(error / before.abs().max())
+    return float(error / (before + sigma_of(case) * z).abs().max())
 
 
 # zo_update_: Adam on the coefficients of a whole model ----------------------------------------------------------------
@@ -134,7 +154,7 @@ def torch_update(case: Case, data: Data) -> Call:
     lr, beta1, beta2, eps, _, correction1, correction2 = _hyper(case).tolist()
 
     def call(i: int) -> list[Tensor]:
-        gradient = [_noise(case, data, case.rank) * SIGMA for _ in coeffs]
+        gradient = [_noise(case, data, case.rank) * sigma_of(case) for _ in coeffs]
         torch._foreach_lerp_(first, gradient, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, gradient, gradient, 1 - beta2)
@@ -163,12 +183,12 @@ def gate_update(case: Case, data: Data, call: Call) -> float:
 
 
 def dequantize(case: Case, data: Data) -> Call:
-    ring = [w.to_layout("cpu" if case.device == "cpu" else "row") for w in data.ring]
+    ring = [_stored_for_layers(w) for w in data.ring]
 
     def call(i: int) -> Tensor:
         w = ring[i]
         return ops.dequantize(
-            w.weight, w.scale, w.offset, None, w.format, w.layout, w.group_size, case.N, case.K, torch.float32
+            w.weight, w.scale, w.offset, None, w.format, w.layout, w.group_size, case.N, case.K, dtype_of(case)
         )
 
     return call

@@ -9,9 +9,14 @@
 //   shared    starts as NaN in every block, and bytes behind its end must stay as they were
 //
 // What cannot be right ends the launch with a message: a barrier that not all threads reach, a collective that a part
-// of a warp calls, an address without the alignment that an instruction asks for. There is no memory model, no clock.
+// of a warp calls, an address without the alignment that an instruction asks for, one in a page that nobody may touch.
+// There is no memory model, no clock.
 #pragma once
+#include <signal.h>
 #include <ucontext.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -44,7 +49,22 @@ struct Mode {
 inline Mode mode;
 
 constexpr int LANES = 32;
-constexpr size_t STACK = 64 << 10, SLOT = 64, FENCE = 4096, MOST_SHARED = 227 << 10;
+// AddressSanitizer has to know on which stack the program goes on, and needs larger ones.
+#ifdef __SANITIZE_ADDRESS__
+inline void start_switch(void** fake, const void* bottom, size_t size) {
+  __sanitizer_start_switch_fiber(fake, bottom, size);
+}
+inline void finish_switch(void* fake, const void** bottom, size_t* size) {
+  __sanitizer_finish_switch_fiber(fake, bottom, size);
+}
+constexpr size_t STACK = 512 << 10;
+#else
+inline void start_switch(void**, const void*, size_t) {}
+inline void finish_switch(void*, const void**, size_t*) {}
+constexpr size_t STACK = 64 << 10;
+#endif
+
+constexpr size_t SLOT = 64, FENCE = 4096, MOST_SHARED = 227 << 10;
 constexpr unsigned char NAN_BYTE = 0xff;  // of fp32, bf16 and fp16 alike
 
 enum class State { ready, block_barrier, warp_barrier, done };
@@ -57,6 +77,7 @@ struct Copy {
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
+  void* fake = nullptr;                   // of AddressSanitizer, while it waits
   State state;
   const char* collective;                 // what it waits in
   std::vector<std::vector<Copy>> groups;  // of copies, oldest first; the last one is open
@@ -65,25 +86,36 @@ struct Fiber {
 
 inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
+inline const void* scheduler_stack;  // as AddressSanitizer tells
+inline size_t scheduler_size;
 inline Fiber* current;
 inline std::string error;
 inline std::vector<char> memory;  // shared, aligned by hand, and a fence behind it
 inline size_t shared_bytes;
+inline std::vector<size_t> launches;  // shared_bytes of each, until someone asks
 inline const std::function<void()>* body;
 
 inline char* shared_memory() { return (char*)(((uintptr_t)memory.data() + 127) / 128 * 128); }
 
 inline void wait(State state, const char* what) {
   current->state = state, current->collective = what;
+  start_switch(&current->fake, scheduler_stack, scheduler_size);
   swapcontext(&current->context, &scheduler);
+  finish_switch(current->fake, &scheduler_stack, &scheduler_size);
+}
+
+// Back to the scheduler for good.
+[[noreturn]] inline void leave() {
+  start_switch(nullptr, scheduler_stack, scheduler_size);
+  setcontext(&scheduler);
+  abort();
 }
 
 // Ends the launch; called by a fiber, does not return.
 [[noreturn]] inline void fail(const std::string& why) {
   error = "block " + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + "," + std::to_string(blockIdx.z) +
           " thread " + std::to_string(threadIdx.x) + ": " + why;
-  setcontext(&scheduler);
-  abort();
+  leave();
 }
 
 inline void aligned(const void* p, uintptr_t bytes, const char* what) {
@@ -125,9 +157,10 @@ inline void async_wait(size_t pending) {
 }
 
 inline void enter() {
+  finish_switch(nullptr, &scheduler_stack, &scheduler_size);
   (*body)();
   current->state = State::done;
-  setcontext(&scheduler);
+  leave();
 }
 
 // Lets fibers `begin` .. `end` - 1 go on if all of them wait in `state`; true if they did.
@@ -161,7 +194,10 @@ inline bool run_warp(size_t warp, const std::vector<size_t>& lanes, bool& progre
     if (current->state != State::ready) continue;
     progress = true;
     threadIdx = dim3(warp + lane);
+    void* fake = nullptr;
+    start_switch(&fake, current->stack.data(), current->stack.size());
     swapcontext(&scheduler, &current->context);
+    finish_switch(fake, nullptr, nullptr);
     if (!error.empty()) return false;
   }
   return release(warp, warp + LANES, State::warp_barrier);
@@ -202,6 +238,9 @@ inline void run_block(std::mt19937& random) {
     error = "a write behind the end of shared memory";
 }
 
+// A fiber touched a page that is none of its tensors' (tests/cuda_fence.py).
+inline void outside(int) { fail("a read or a write outside of a tensor"); }
+
 inline const char* launch(dim3 grid, int threads, size_t shared, const std::function<void()>& kernel) {
   static std::string message;
   error.clear();
@@ -211,7 +250,11 @@ inline const char* launch(dim3 grid, int threads, size_t shared, const std::func
   fibers.resize(threads);
   for (Fiber& fiber : fibers) fiber.stack.resize(STACK);
   memory.resize(shared + FENCE + 128);
+  launches.push_back(shared);
   shared_bytes = shared, body = &kernel, gridDim = grid, blockDim = dim3(threads);
+  struct sigaction before, stop = {};
+  stop.sa_handler = outside, stop.sa_flags = SA_NODEFER;
+  sigaction(SIGSEGV, &stop, &before);
   std::mt19937 random(0);
   for (unsigned z = 0; z < grid.z && error.empty(); z++)
     for (unsigned y = 0; y < grid.y && error.empty(); y++)
@@ -219,6 +262,7 @@ inline const char* launch(dim3 grid, int threads, size_t shared, const std::func
         blockIdx = dim3(x, y, z);
         run_block(random);
       }
+  sigaction(SIGSEGV, &before, nullptr);
   message = error;
   return message.empty() ? nullptr : message.c_str();
 }

@@ -15,6 +15,7 @@ import torch
 from cases import DTYPES, WEIGHTS, stored, weight_arguments
 
 from zoact_kernels import ops
+from zoact_kernels.cuda_ops import Cuda, Gpu
 from zoact_kernels.dispatch import IMPLEMENTATIONS, Problem
 
 TABLE = Path(__file__).with_name("support.md")
@@ -24,6 +25,13 @@ COLUMNS = (
     ("panel", "sm_80", "row"), ("panel", "sm_80", "cuda"), ("cuda", "sm_80", "cuda"),
 )  # fmt: skip
 N, K, R, G, S = 96, 192, 4, 2, 1
+
+
+class Elsewhere(Gpu):
+    """A machine with CUDA kernels for every GPU, whatever was compiled here."""
+
+    def missing(self, arch: str) -> str | None:
+        return None
 
 
 def _linear(weight: str, dtype: torch.dtype, feature: str) -> Problem:
@@ -102,7 +110,7 @@ def elsewhere(problem: Problem, weight: str, column: tuple[str, str, str]) -> Pr
 
 def answers() -> dict[tuple[str, str, str, str], list[str]]:
     """Of each row, column by column: "yes" or why not."""
-    implementations = {i.name: i for i in IMPLEMENTATIONS}
+    implementations = {i.name: i for i in IMPLEMENTATIONS} | {"cuda": Cuda(Elsewhere())}
     return {
         row: [implementations[c[0]].refusal(elsewhere(problem, row[1], c)) or "yes" for c in COLUMNS]
         for row, problem in rows()

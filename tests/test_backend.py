@@ -8,7 +8,8 @@ from torch import nn
 
 from zoact_kernels import native
 from zoact_kernels.backend import environment, explain_layers, layer_problem, pin
-from zoact_kernels.dispatch import using
+from zoact_kernels.cpu_ops import Cpu
+from zoact_kernels.dispatch import choose, using
 from zoact_kernels.layers import zo_layers
 from zoact_kernels.swap import ZOConfig, swap
 
@@ -42,6 +43,23 @@ def test_pin_respects_using(model: nn.Module) -> None:
     with using("reference"):
         assert pin(model, 64, 2, 1)["implementation"] == "reference"
     assert pin(model, 64, 2, 1, {"implementation": "reference", "isa": None})["implementation"] == "reference"
+
+
+def test_pin_of_layers_that_differ(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer that the first implementation declines keeps its own; which one runs never follows the rows."""
+    monkeypatch.setattr(Cpu, "refusal", lambda self, p: "sixteen" if p.N == 16 else None)
+    choose.cache_clear()
+    with using("reference"):
+        want = model(torch.ones(2, 48))
+    pinned = pin(model, 64, 2, 1)
+    assert pinned["implementation"] == "cpu,reference"
+    assert pin(model, 64, 2, 1, pinned) == pinned
+    with using(pinned["implementation"], op="zo_linear"):
+        for rows in (2, 4096):
+            told = explain_layers(model, rows)
+            assert {name: t.chosen for name, t in told.items()} == {"0": "cpu", "2": "reference"}
+        assert torch.allclose(model(torch.ones(2, 48)), want, atol=1e-5)
+    choose.cache_clear()
 
 
 def test_explain_layers(model: nn.Module) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from zoact_kernels import formats, layouts, quantizers
 from zoact_kernels.formats import FLOATS, FORMATS, PackedWeight, packed_nbytes, quantize
@@ -111,8 +114,8 @@ def test_16_bits_are_rounded_from_fp32() -> None:
 @pytest.mark.parametrize("layout", formats.LAYOUTS)
 def test_row_ranges(variant: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = VARIANTS[variant](weight(150, 37))
-    if packed.flat and layout == "cpu":
-        with pytest.raises(ValueError, match="only 'row'"):
+    if not packed.has_layout(layout):
+        with pytest.raises(ValueError, match="only 'row'" if packed.flat else "there is 'row' and 'cpu'"):
             packed.to_layout(layout)
         return
     packed = packed.to_layout(layout)
@@ -128,14 +131,16 @@ def test_row_ranges(variant: str, layout: str, monkeypatch: pytest.MonkeyPatch) 
             packed.dequantize(torch.float32, first, rows)
 
 
-@pytest.mark.parametrize("layout", formats.LAYOUTS)
-@pytest.mark.parametrize("format", ("dense", "int8", "int4", "nf4"))
+EVERY = [(f, layout) for f in FORMATS for layout in formats.LAYOUTS if layout != "cuda" or f != "dense"]
+
+
+@pytest.mark.parametrize("format, layout", EVERY)
 def test_rows_do_not_read_other_rows(format: str, layout: str) -> None:
-    """Blocks are the unit of layout `cpu`: rows 64.. may be poison for rows 0..63."""
+    """Blocks are the unit of layout `cpu`, tiles that of `cuda`: rows 64.. may be poison for rows 0..63."""
     packed = quantize(weight(100, 72), format).to_layout(layout)
     clean = packed.dequantize(torch.float32, 0, 64)
     for tensor in packed.tensors.values():
-        rest = tensor[64:] if layout == "row" else tensor[tensor.numel() // 112 * 64 :]
+        rest = tensor[tensor.numel() // 112 * 64 :] if layout == "cpu" else tensor[4 if tensor.dim() == 3 else 64 :]
         rest.fill_(127 if not rest.is_floating_point() else float("nan"))
     assert torch.equal(packed.dequantize(torch.float32, 0, 64), clean)
 
@@ -225,14 +230,72 @@ def test_layouts_of_views(offset: int) -> None:
         assert torch.equal(moved.dequantize(), row.dequantize())
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("layout", formats.LAYOUTS)
+@pytest.mark.parametrize("format, layout", EVERY)
 def test_nbytes(format: str, layout: str) -> None:
     for N, K, group_size in ((100, 193, 64), (64, 64, -1), (0, 8, None), (1, 1, 8)):
         packed = quantize(weight(N, K, torch.bfloat16), format, group_size).to_layout(layout)
         assert packed.nbytes == packed_nbytes(format, N, K, group_size, layout=layout), (N, K)
     assert packed_nbytes("int4", 4096, 4096) == 4096 * 4096 // 2 + 2 * 2 * 4096 * 64
     assert packed_nbytes("int4", 4096, 4096, symmetric=True) == 4096 * 4096 // 2 + 2 * 4096 * 64
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layout `cuda`
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if VARIANTS[v](torch.ones(2, 63)).has_layout("cuda")])
+@pytest.mark.parametrize("N, K", [(32, 128), (33, 100), (1, 1), (0, 64), (150, 37)])
+def test_layout_cuda_and_back(variant: str, N: int, K: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact, through any other layout, in chunks; in place where both hold the same number of bytes."""
+    monkeypatch.setattr(formats, "CHUNK", 64 * K)
+    row = VARIANTS[variant](weight(N, K))
+    cuda = row.to_layout("cuda")
+    assert cuda.layout == "cuda" and cuda.nbytes >= row.nbytes
+    fmt = FORMATS[row.format]
+    if fmt.bits == 4:
+        assert same(cuda.weight, layouts.to_fragments(row.weight, K, fmt.padding))
+    else:
+        assert same(cuda.weight, layouts.to_byte_fragments(row.weight))
+    assert same(cuda.to_layout("row").weight, row.weight)
+    assert same(cuda.to_layout("cpu").weight, row.to_layout("cpu").weight)
+    assert same(row.to_layout("cpu").to_layout("cuda").weight, cuda.weight)
+    assert all(same(cuda.tensors[name], tensor) for name, tensor in row.tensors.items() if name != "weight")
+    again = replace(row, weight=row.weight.clone())
+    where = again.weight.data_ptr()
+    moved = again.to_layout("cuda", reuse=True)
+    assert same(moved.weight, cuda.weight)
+    assert (moved.weight.data_ptr() == where) == (N % 16 == K % 64 == 0)
+    assert same(moved.to_layout("row", reuse=True).weight, row.weight)
+
+
+def test_layout_cuda_of_a_view() -> None:
+    """What cannot be put in order in place, being scattered, moves."""
+    row = quantize(weight(16, 64), "int4")
+    strided = row.weight.repeat_interleave(2, 1)[:, ::2]
+    moved = PackedWeight("int4", "row", 64, 16, 64, strided, row.scale, row.offset).to_layout("cuda", reuse=True)
+    assert same(moved.weight, row.to_layout("cuda").weight) and same(strided, row.weight)
+
+
+def test_layout_cuda_in_place_takes_a_few_megabytes() -> None:
+    """At the move of a layer: the memory of a chunk, not that of the weight, 16 MB here."""
+    N, K = 8192, 4096
+    packed = PackedWeight("int4", "row", -1, N, K, torch.zeros(N, K // 2, dtype=torch.uint8), torch.ones(N, 1))
+    for layout in ("cuda", "row"):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            packed = packed.to_layout(layout, reuse=True)
+        events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+        events.sort(key=lambda e: e.start_ns())
+        assert 1 << 20 < max(itertools.accumulate(e.nbytes() for e in events)) < 6 << 20, layout
+
+
+@pytest.mark.parametrize("N, K", [(32, 128), (33, 100), (1, 1), (130, 257)])
+def test_fragments_of_some_rows(N: int, K: int) -> None:
+    packed = layouts.pack_nibbles(torch.randint(0, 16, (N, K), dtype=torch.uint8), 8)
+    rows = torch.randint(0, N, (3 * N,))
+    taken = layouts.take_fragments(layouts.to_fragments(packed, K, 8), rows, K)
+    assert torch.equal(taken, layouts.unpack_nibbles(packed)[rows, :K])
+    codes = torch.randint(-128, 128, (N, K), dtype=torch.int8)
+    assert torch.equal(layouts.take_byte_fragments(layouts.to_byte_fragments(codes), rows, K), codes[rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -404,7 +467,7 @@ def test_quantize_refuses_scales_that_overflow() -> None:
         (lambda w: quantize(w, "int4", scale_dtype=torch.float64), "`scale_dtype` is torch.float64; int4 takes"),
         (lambda w: quantize(w, "nf4", symmetric=True), "`symmetric` is about .* int4"),
         (lambda w: quantize(w, "int4", flat=True), "`flat` is about .* nf4 and fp4"),
-        (lambda w: quantize(w, "int4").to_layout("cuda"), "`layout` is 'cuda'; layouts are row, cpu"),
+        (lambda w: quantize(w, "int4").to_layout("gpu"), "`layout` is 'gpu'; layouts are row, cpu, cuda"),
     ],
 )
 def test_quantize_says_what_is_allowed(call: Callable[[Tensor], object], message: str) -> None:

@@ -7,10 +7,14 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_model, save_model
+from support import Elsewhere
 from torch import nn
 
-from zoact_kernels import reference
+from zoact_kernels import layers, native, reference
+from zoact_kernels.cuda_ops import Cuda
+from zoact_kernels.embedding import PackedEmbedding
 from zoact_kernels.layers import ZOLinear, perturbation_of, perturbed, zo_layers
+from zoact_kernels.trainer import base_hash
 
 SEEDS = torch.tensor([5, -6])
 SIGMAS = torch.tensor([[0.1, 0.0], [-0.1, 0.0], [0.0, 0.2]])
@@ -185,3 +189,80 @@ def test_it_trains_by_autograd_too():
         optimizer.step()
     assert loss.item() < 0.8 * first
     assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["coeff"]
+
+
+@pytest.fixture
+def cpu_as_gpu(monkeypatch):
+    """Layers on the CPU get the layout that those on a GPU get where csrc/cuda is compiled."""
+    monkeypatch.setattr(layers, "best_layout", lambda device: "cuda" if device.type == "cpu" else "row")
+    monkeypatch.setattr(layers, "Cuda", lambda: Cuda(Elsewhere()))
+
+
+@pytest.mark.parametrize(
+    ("format", "group_size", "N", "K", "layout"),
+    [
+        ("int4", 32, 32, 64, "cuda"), ("nf4", 64, 33, 100, "cuda"), ("fp4", -1, 24, 40, "cuda"),
+        ("int4", 40, 24, 80, "row"), ("int8", 32, 24, 64, "cuda"), ("int8", -1, 32, 64, "cuda"),
+        ("dense", None, 24, 64, "row"),
+    ],
+)  # fmt: skip
+def test_a_layer_on_a_gpu_is_stored_as_its_kernels_want(cpu_as_gpu, tmp_path, format, group_size, N, K, layout):
+    """Everything works on it, it is saved in layout `row`, and a move elsewhere leaves the layout behind."""
+    linear = nn.Linear(K, N)
+    layer = ZOLinear.from_linear(linear, format=format, group_size=group_size, rank=2, name="a")
+    assert layer.layout == layout
+    row = layer.packed().to_layout("row")
+    x = torch.randn(3, K)
+    assert torch.equal(layer.dequantize(), row.dequantize())
+    assert (layer(x) - x @ row.dequantize().T - linear.bias).abs().max() < 1e-5
+    state = layer.state_dict()
+    assert torch.equal(state["weight"], row.weight)
+    save_model(layer, str(tmp_path / "layer.safetensors"))
+    other = ZOLinear.from_linear(nn.Linear(K, N), format=format, group_size=group_size, rank=2, name="a")
+    load_model(other, str(tmp_path / "layer.safetensors"))
+    assert torch.equal(other.packed().weight, layer.packed().weight)
+    assert base_hash(layer) == base_hash(ZOLinear(row, linear.bias, rank=2, param_id=int(layer.param_id)))
+    ids = torch.tensor([[0, N - 1], [7, 3]])
+    assert torch.equal(PackedEmbedding(layer)(ids), row.dequantize()[ids])
+    twin = copy.deepcopy(layer).to("meta")
+    assert twin.layout == "row" and twin.weight.shape == row.weight.shape
+    twin.to_empty(device="cpu")  # as a move to a GPU: its storage is new, what is in it does not matter here
+    assert twin.layout == layout
+    twin.load_state_dict(state)
+    assert torch.equal(twin(x), layer(x))
+
+
+def test_a_move_puts_codes_in_order_where_they_are(cpu_as_gpu):
+    layer = make_layer(N=32, K=64)
+    assert layer.layout == "cuda"
+    want = layer.weight.clone()
+    moved = layer.packed().to_layout("row")
+    where = moved.weight.data_ptr()
+    settled = layers.settled(moved, reuse=True)
+    assert settled.weight.data_ptr() == where and torch.equal(settled.weight, want)
+    kept = settled.to_layout("row")
+    assert layers.settled(kept).weight.data_ptr() != kept.weight.data_ptr()  # a caller's tensors are left alone
+    assert torch.equal(kept.to_layout("cuda").weight, want)
+
+
+def test_a_model_moves_to_a_fake_gpu_and_nothing_is_loaded(monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(native, "_load_cuda", lambda: pytest.fail("the library was asked for"))
+    model = nn.Sequential(make_layer(N=32, K=64, R=0), make_layer(N=24, K=32, R=0, name="b", format="nf4"))
+    mode = FakeTensorMode()
+    for layer in model:
+        for name, tensor in list(layer.named_buffers(recurse=False)):
+            setattr(layer, name, mode.from_tensor(tensor))
+
+    def to(device: str) -> None:  # Module.to, past a method that a torch without CUDA refuses
+        model._apply(lambda t: torch.ops.aten._to_copy.default(t, device=device))
+
+    with mode:
+        to("cuda")
+        assert {t.device.type for t in model.buffers()} == {"cuda"}
+        assert [layer.layout for layer in model] == ["row", "row"]
+        y = model(torch.empty(6, 64, device="cuda"))
+        assert y.shape == (6, 24) and y.device.type == "cuda"
+        to("cpu")
+    assert [layer.weight.device.type for layer in model] == ["cpu", "cpu"]

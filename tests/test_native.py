@@ -5,14 +5,16 @@ from __future__ import annotations
 import ast
 import ctypes
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from zoact_kernels import native
+from zoact_kernels import cuda_ops, native
 
 needs_module = pytest.mark.skipif(native.module() is None, reason=native.why_missing())
 
@@ -113,7 +115,7 @@ def test_enums_follow_header(root: Path) -> None:
 HIDE = """
 import sys
 sys.modules["zoact_kernels._C"] = None  # as if it were not there
-from zoact_kernels import native
+from zoact_kernels import cuda_ops, native
 assert native.module() is None and native.isas() == ()
 print(native.why_missing())
 """
@@ -140,3 +142,73 @@ def test_one_openmp() -> None:
     maps = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True).stdout
     libraries = {line.split()[-1] for line in maps.splitlines() if "omp" in line.rpartition("/")[2]}
     assert len(libraries) == 1, libraries
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The CUDA kernels
+
+
+@pytest.fixture
+def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder where native.py finds its files, on a machine where torch sees a CUDA device."""
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(native, "_driver_version", lambda: 13)
+    native._load_cuda.cache_clear()
+    yield tmp_path
+    native._load_cuda.cache_clear()
+
+
+def library(folder: Path, functions: tuple[str, ...]) -> None:
+    """A `_cuda.so` with these functions."""
+    text = "".join(f'extern "C" const char* {name}(const void*) {{ return "no kernel"; }}' for name in functions)
+    command = ["c++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(folder / "_cuda.so")]
+    subprocess.run(command, input=text, text=True, check=True)
+
+
+@needs_module
+def test_cuda_is_missing_for_a_reason(installation: Path) -> None:
+    assert native.cuda() is None
+    assert native.why_no_cuda().startswith("the CUDA kernels are not compiled: they were never built; run ")
+    native._load_cuda.cache_clear()
+    (installation / "_build.json").write_text(json.dumps({"why_no_cuda": "no CUDA compiler: nvcc is not on the PATH"}))
+    assert native.why_no_cuda() == "the CUDA kernels are not compiled: no CUDA compiler: nvcc is not on the PATH"
+    assert native.cuda_archs() == ()
+
+
+@needs_module
+def test_cuda_that_does_not_load(installation: Path) -> None:
+    (installation / "_cuda.so").write_bytes(b"\x7fELF, and no more")
+    assert native.cuda() is None
+    assert native.why_no_cuda().startswith("the compiled CUDA kernels do not load: ")
+
+
+@needs_module
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_cuda_of_another_version(installation: Path) -> None:
+    library(installation, ("zo_linear", "zo_update"))
+    assert native.cuda() is None
+    assert native.why_no_cuda().endswith("without zo_dense_linear, zo_perturb, dequantize: build them anew")
+
+
+@needs_module
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_cuda_is_loaded_where_torch_sees_a_device(installation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library(installation, native.CUDA_FUNCTIONS)
+    (installation / "_build.json").write_text(json.dumps({"cuda_archs": ["80", "90a"]}))
+    assert native.cuda_archs() == ("80", "90a")
+    found = native.cuda()
+    assert found is native.cuda() and native.why_no_cuda() == ""
+    with pytest.raises(RuntimeError, match="zo_update: no kernel"):
+        cuda_ops.Gpu().call("zo_update", cuda_ops.ZoUpdate(**dict.fromkeys(cuda_ops.ZoUpdate.kinds)))
+    assert cuda_ops.Gpu().missing("sm_86") is None and cuda_ops.Gpu().missing("sm_120") is None  # by PTX
+    assert "not for sm_75" in (cuda_ops.Gpu().missing("sm_75") or "")
+    native._load_cuda.cache_clear()
+    (installation / "_build.json").write_text(json.dumps({"cuda_archs": ["80"], "cuda_version": "13.0"}))
+    monkeypatch.setattr(native, "_driver_version", lambda: 12)
+    assert native.cuda() is None
+    assert native.why_no_cuda().endswith("compiled by CUDA 13.0, and the driver of this GPU knows CUDA 12")
+    native._load_cuda.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: pytest.fail(f"{path} is loaded without a device"))
+    assert native.cuda() is None and native.why_no_cuda() == ""

@@ -162,7 +162,7 @@ def test_dispatch_is_pure_explained_and_forced():
         assert explain(problem._replace(op="dequantize")).chosen == "reference"
     with pytest.raises(ValueError, match="`op` is 'linear'"), using("cpu", op="linear"):
         pass
-    with pytest.raises(ValueError, match="implementations are triton, panel, cpu, reference"), using("gpu"):
+    with pytest.raises(ValueError, match="implementations are cuda, triton, panel, cpu, reference"), using("gpu"):
         pass
     with pytest.raises(ValueError, match="`isa` is 'neon'"), using("cpu", isa="neon"):
         pass

@@ -7,6 +7,7 @@ what is up to date. These are tests of the packaging; a fresh clone compiles eve
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -57,7 +58,7 @@ def package_files(tree: Path) -> list[Path]:
     return [path for path in files if path.name != "_build.json"]
 
 
-NO_CUDA = {"ZOACT_BUILD_CUDA": "0"}  # it would compile for minutes; test_cuda_library_is_optional asks for it
+NO_CUDA = {"ZOACT_BUILD_CUDA": "0"}  # it would compile for minutes; the tests of the CUDA library ask for it
 
 
 def setup_py(tree: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess:
@@ -136,6 +137,36 @@ def test_cuda_library_is_optional(tree: Path, tmp_path: Path) -> None:
     assert run.returncode == 1 and "ZOACT_BUILD_CUDA=1 asks for the CUDA kernels" in run.stderr
     run = setup_py(tree, *build, ZOACT_BUILD_CUDA="yes")
     assert run.returncode == 1 and "ZOACT_BUILD_CUDA is 'yes'" in run.stderr
+
+
+NVCC = """#!/bin/sh
+case "$*" in
+--version) echo "Cuda compilation tools, release 12.4, V12.4.131" ;;
+--list-gpu-code) echo sm_75 sm_80 sm_90 ;;
+*) while [ $# -gt 0 ]; do case "$1" in -o | -MF) echo "nothing:" > "$2" ;; esac; shift; done ;;
+esac
+"""
+
+
+@needs_compiler
+def test_cuda_library_is_built_where_nvcc_is(tree: Path, tmp_path: Path) -> None:
+    """Without being asked for, for the GPUs that this nvcc knows; the record says which, and which CUDA it needs."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(NVCC)
+    nvcc.chmod(0o755)
+    target = tmp_path / "lib/zoact_kernels"
+    env = {name: value for name, value in os.environ.items() if name != "ZOACT_BUILD_CUDA"}
+    env |= {"ZOACT_BUILD_CPU": "1", "PATH": f"{tmp_path}{os.pathsep}{env['PATH']}"}
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(target.parent)]
+    subprocess.run(command, cwd=tree, env=env, check=True, capture_output=True)
+    record = json.loads((target / "_build.json").read_text())
+    assert (record["cuda_archs"], record["cuda_version"]) == (["80", "90a"], "12.4")
+    assert (target / "_cuda.so").exists()
+    rules = (tree / "build/cuda/build.ninja").read_text()
+    codes = ("arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90")
+    assert all(f"-gencode={code} " in rules for code in codes) and rules.count("-gencode=") == len(codes)
+    subprocess.run(command, cwd=tree, env=env | {"ZOACT_BUILD_CUDA": "0"}, check=True, capture_output=True)
+    assert not (target / "_cuda.so").exists()
 
 
 @needs_compiler

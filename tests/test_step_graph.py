@@ -123,8 +123,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Again)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    for name in ("stream", "device", "graph"):
+    for name in ("stream", "device"):
         monkeypatch.setattr(torch.cuda, name, contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: contextlib.nullcontext())
     run = StepGraph._run
     # A capture executes nothing, so neither does the run that would be captured.
     monkeypatch.setattr(StepGraph, "_run", lambda self, dry=False: run(self, dry or not hasattr(self, "losses")))

@@ -1,49 +1,34 @@
 """The Triton kernels against the reference, in Triton's interpreter, and where dispatch takes them.
 
-TRITON_INTERPRET=1 counts when Triton is imported and turns compiling off, so each file of tests/interpreted runs in a
-process of its own; test_machine_code.py compiles the same kernels.
+Half of what the interpreter takes is in test_triton_dense.py, for another worker of `make test`.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
+import interpreting
 import pytest
+import test_triton_dense
 import torch
 
 from zoact_kernels.dispatch import Problem, explain
-from zoact_kernels.triton_ops import tiles
+from zoact_kernels.triton_ops import host, tiles
 
 pytest.importorskip("triton")
-HERE = Path(__file__).parent
-FILES = sorted(path.stem for path in (HERE / "interpreted").glob("*.py"))
-
-
-def interpreted(stem: str, marks: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", marks, "-p", "no:cacheprovider", "--tb=short"]
-    kept = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-    run = subprocess.run(
-        [*command, str(HERE / "interpreted" / f"{stem}.py")], env=kept | {"TRITON_INTERPRET": "1"}, cwd=HERE.parent,
-        text=True, capture_output=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    assert re.search(r"\d+ passed", run.stdout), run.stdout
-    assert "skipped" not in run.stdout, run.stdout
+FILES = [stem for stem in interpreting.FILES if stem not in test_triton_dense.FILES]
 
 
 @pytest.mark.parametrize("stem", FILES)
 def test_interpreted(stem: str) -> None:
-    interpreted(stem, "not soak")
+    interpreting.run(stem, "not soak")
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("stem", ["dequantize", "zo_linear", "zo_dense_linear"])
-def test_interpreted_grid(stem: str) -> None:
-    interpreted(stem, "soak")
+def test_interpreted_grid() -> None:
+    interpreting.run("zo_linear", "soak")
 
 
 def test_refuses_the_cpu() -> None:
@@ -65,6 +50,42 @@ def test_takes_a_device_that_is_elsewhere(arch: str, chosen: str) -> None:
     told = explain(problem)
     assert told.chosen == chosen
     assert "below sm_80" in told.refusals.get("triton", "below sm_80")
+
+
+@pytest.fixture
+def precision() -> Iterator[None]:
+    yield
+    torch.backends.cuda.matmul.fp32_precision = "none"  # else the older switches raise from now on
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize(
+    ("ask", "tf32"),
+    [
+        (lambda: None, False),
+        (lambda: torch.set_float32_matmul_precision("high"), True),
+        (lambda: torch.set_float32_matmul_precision("highest"), False),
+        (lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True), True),
+        (lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"), True),
+        (lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee"), False),
+    ],
+)
+def test_tf32_as_torch_is_set(ask: Callable[[], None], tf32: bool) -> None:
+    """Only of an fp32 x on "cuda", without a warning, whichever of torch's switches was used."""
+    ask()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for device, dtype, expected in (("cuda", torch.float32, tf32), ("cuda", torch.bfloat16, False),
+                                        ("cpu", torch.float32, False)):  # fmt: skip
+            x = SimpleNamespace(dtype=dtype, device=torch.device(device))
+            assert host.tf32(x) is expected  # type: ignore[arg-type]
+
+
+def test_tf32_is_told() -> None:
+    problem = Problem("zo_linear", "cuda", torch.float32, 8, 8, 8, arch="sm_90")
+    assert explain(problem).products == "float32"
+    assert explain(problem._replace(tf32=True)).products == "float32 as tf32"
 
 
 @pytest.mark.parametrize("N", [1, 64, 1000, 4096, 11008, 128256])

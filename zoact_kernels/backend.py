@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import nn
 from . import __version__, native
 from .cpu_ops import Cpu
 from .dispatch import IMPLEMENTATIONS, Explanation, Problem, arch_of, explain, using
-from .layers import ZOLinear, zo_layers
+from .formats import PackedWeight
+from .layers import ZOLinear, gpu_layout, zo_layers
 from .memory import openmp_runtimes
 from .ops import linear_problem
 
@@ -36,6 +38,9 @@ def environment() -> dict[str, str]:
     if compiled is not None:
         about["instruction sets"] = f"{', '.join(native.isas())} (runs {Cpu.isa()})"
         about["built with"] = ", ".join(f"{key} {value}" for key, value in build.items()) or "unknown"
+    about["CUDA kernels"] = native.why_no_cuda() or f"compiled for {', '.join(native.cuda_archs())}"
+    if native.cuda() is None and not native.why_no_cuda():
+        about["CUDA kernels"] += "; not loaded: torch finds no CUDA device"
     runtimes = openmp_runtimes()
     about["OpenMP runtimes"] = ", ".join(runtimes) or "none loaded"
     if len(runtimes) > 1:
@@ -80,51 +85,46 @@ def explain_layers(
     dtype: of the activations; None for the model's own.
     """
     own: torch.dtype = getattr(model, "dtype", torch.float32)
-    problems = {
-        name: layer_problem(layer, max(1, rows // groups) * groups, groups, seeds, dtype or own)
-        for name, layer in zo_layers(model).items()
-    }
-    return {name: explain(_elsewhere(problem, arch) if arch else problem) for name, problem in problems.items()}
+    told = {}
+    for name, layer in zo_layers(model).items():
+        problem = layer_problem(layer, max(1, rows // groups) * groups, groups, seeds, dtype or own)
+        if arch:  # the weight in the layout that a move there gives it
+            problem = problem._replace(device="cuda", arch=arch, layout=gpu_layout(layer.packed(), arch))
+        told[name] = explain(problem)
+    return told
 
 
 def explain_shapes(arch: str, dtype: torch.dtype = torch.bfloat16) -> dict[Problem, Explanation]:
     """What a GPU would run, for a layer of 4096 x 4096 int4 weights, rank 16, two row groups, few rows and many."""
+    N = K = 4096
+    codes = torch.empty(N, K // 2, dtype=torch.uint8, device="meta")
+    scale = torch.empty(N, K // 64, dtype=torch.float16, device="meta")
+    layout = gpu_layout(PackedWeight("int4", "row", 64, N, K, codes, scale), arch)
     problems = [
-        _elsewhere(
-            Problem("zo_linear", "cuda", dtype, M, 4096, 4096, "int4", "row", 64, torch.uint8, torch.float16, 16, 0,
-                    2, 1, "normal"),
-            arch,
-        )
+        Problem("zo_linear", "cuda", dtype, M, N, K, "int4", layout, 64, codes.dtype, scale.dtype, 16, 0, 2, 1,
+                "normal", (), arch)
         for M in (2, 16, 32, 64, 128, 512, 4096)
     ]  # fmt: skip
     return {problem: explain(problem) for problem in problems}
 
 
-def _elsewhere(problem: Problem, arch: str) -> Problem:
-    """The same problem on a GPU, its weight in the layout that a move there gives it."""
-    return problem._replace(device="cuda", arch=arch, layout="row")
-
-
 def pin(
     model: nn.Module, rows: int, groups: int, seeds: int, before: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The back end of a run: one implementation for all layers, its instruction set, versions, threads (JSON values).
+    """The back end of a run: its implementations, instruction set, versions, threads (JSON values).
 
-    The one that dispatch chooses (or `using` forces) for every layer, else the first that takes them all, those whose
-    rows are batch-invariant first (design law 2.4). `before`, an earlier answer, is repeated as far as it can be had.
-    Raises RuntimeError if no implementation takes every layer.
+    "implementation" is what `using` takes: the one that dispatch chooses for every layer; where that differs, all that
+    it chooses, those of most layers first, so that each layer keeps its own for the run whatever the number of rows
+    (design law 2.4). `before`, an earlier answer, is repeated as far as it can be had.
     """
     told = explain_layers(model, rows, groups, seeds)
-    able = [i for i in IMPLEMENTATIONS if not any(i.name in t.refusals for t in told.values())]
-    if not able:
-        raise RuntimeError("no implementation takes every layer of the model; `zoact explain` says why")
-    chosen = {t.chosen for t in told.values()}
-    able.sort(key=lambda i: (chosen != {i.name}, not i.batch_invariant))
-    name, isa = able[0].name, None
+    chosen = Counter(t.chosen for t in told.values())
+    name, isa = ",".join(who for who, _ in chosen.most_common()), None
     device = next(iter(zo_layers(model).values())).weight.device
-    if before is not None and before["implementation"] in {i.name for i in able}:
-        name = before["implementation"]
-    if name == "cpu":
+    earlier = before["implementation"].split(",") if before else []
+    if set(earlier) <= {i.name for i in IMPLEMENTATIONS} and all(set(earlier) & set(t.seconds) for t in told.values()):
+        name = ",".join(earlier)
+    if "cpu" in name.split(","):
         isa = Cpu.isa()
         if before is not None and before["isa"]:
             with contextlib.suppress(ValueError), using("cpu", isa=before["isa"]):

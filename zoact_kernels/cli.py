@@ -1,4 +1,4 @@
-"""`zoact`: finetune, replay, explain, export, bench, demo. Thin: options in, text out; the rest is in the rooms above.
+"""`zoact`: finetune, replay, explain, export, tune, bench, demo. Thin: options in, text out; all else is elsewhere.
 
 Errors that a user can mend are one line and exit code 2; `--debug` anywhere shows the traceback.
 """
@@ -183,12 +183,17 @@ def finetune(
     eval_limit: Annotated[int, _option("held-out examples used (0: all)")] = 0,
     snapshot_every: Annotated[int, _option("steps between snapshots")] = Recipe.snapshot_every,
     threads: Annotated[int, _option("CPU threads (0: torch's default; a resumed run keeps its own)")] = 0,
+    tiles: Annotated[Path | None, _option("table of Triton tiles that `zoact tune` wrote for this GPU")] = None,
     resume: Annotated[bool, _option("continue the run in --out; other options come from it", "--resume")] = False,
 ) -> None:
     """Fine-tune a model, or continue a run that ended early. Where no default is shown it is the method's own."""
     from . import finetune as room
 
     _set_threads(threads)
+    if tiles is not None:
+        from .triton_ops import tiles as room_of_tiles
+
+        room_of_tiles.load(tiles, _arch_here())
     options = dict(context.params)
     options["labels"] = parse_label_words(labels) if labels else {}
     options["ranks"], options["targets"] = _ranks(ranks), tuple(target or ())
@@ -364,6 +369,7 @@ def explain(
         console.print(f"{reason} ({count} layers)", markup=False)
     if not refusals:
         console.print("no implementation declines any layer")
+    _print_products(told)
     for name, reason in loaded.report.skipped.items():
         console.print(f"{name}: left as it is: {reason}", markup=False)
 
@@ -400,7 +406,68 @@ def _print_shapes(told: Mapping[Any, Any], title: str) -> None:
     console.print(table)
     for reason, count in refusals.items():
         console.print(f"{reason} ({count} of {len(told)} rows)", markup=False)
+    _print_products(told)
     console.print("The least modelled time among those that do not decline runs. Modelled, not measured.")
+
+
+def _print_products(told: Mapping[Any, Any]) -> None:
+    console.print(f"x and W are multiplied in {', '.join(sorted({why.products for why in told.values()}))}")
+
+
+@app.command()
+def tune(
+    model: Annotated[str, _option("GGUF file or Hugging Face directory: tune for the shapes of its layers")] = "",
+    shapes: Annotated[str, _option("or for these, out x in: '4096x4096,14336x4096'")] = "",
+    rows: Annotated[str, _option("rows (tokens of all row groups), each bucket of them once")] = "2,32,64,256,1024",
+    format: Annotated[str, _option("int4, int8, nf4, fp4 or dense; of --model: of weights that are dense")] = "int4",
+    dtype: Annotated[str, _option("activations: float32, bfloat16, float16")] = "bfloat16",
+    out: Annotated[Path | None, _option("the table (default: in the platform's folder of caches)")] = None,
+) -> None:
+    """Time the Triton tiles on this GPU and write the fastest down, for finetune --tiles. It changes no bit of y."""
+    from .triton_ops import tune as room
+    from .triton_ops.tiles import Shape
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"`--dtype` is {dtype!r}; it may be float32, bfloat16 or float16")
+    if bool(model) == bool(shapes):
+        raise ValueError("`tune` needs --model or --shapes, one of the two")
+    counts = [int(count) for count in rows.split(",") if count.strip().isdigit() and int(count)]
+    if len(counts) != len(rows.split(",")):
+        raise ValueError(f"`--rows` is {rows!r}; it is numbers from 1 on, with commas in between")
+    sizes = _layer_shapes(model, format) if model else [(format, *_out_by_in(item)) for item in shapes.split(",")]
+    if not (arch := _arch_here()):
+        raise ValueError("torch sees no GPU here; `zoact tune` times its tiles on one")
+    entries = room.tune(
+        (Shape(arch, dtype, f, M, N, K) for f, N, K in sizes for M in counts), room.on_gpu(), console.print
+    )
+    path = out or room.default_path(arch)
+    room.write(path, arch, entries)
+    console.print(f"{len(entries)} tiles in {path}; use them with: zoact finetune --tiles {path}", markup=False)
+
+
+def _arch_here() -> str:
+    import torch
+
+    from .dispatch import arch_of
+
+    return arch_of(torch.device("cuda"))
+
+
+def _layer_shapes(model: str, format: str) -> list[tuple[str, int, int]]:
+    """(format, out, in) of each kind of layer; "flat" as tiles.Shape has it."""
+    from .integrations.transformers import load_model
+    from .layers import zo_layers
+    from .swap import ZOConfig
+
+    layers = zo_layers(load_model(model, ZOConfig(format=format, rank=1)).model).values()
+    found = ((layer.format, layer.packed().flat, layer.out_features, layer.in_features) for layer in layers)
+    return sorted({("flat" if flat else kind, N, K) for kind, flat, N, K in found})
+
+
+def _out_by_in(text: str) -> tuple[int, int]:
+    if not (found := re.fullmatch(r"\s*([1-9]\d*)\s*x\s*([1-9]\d*)\s*", text)):
+        raise ValueError(f"`--shapes` has {text!r}; items are of the form 14336x4096, out x in")
+    return int(found[1]), int(found[2])
 
 
 @app.command()

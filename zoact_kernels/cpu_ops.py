@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -18,30 +17,14 @@ from torch import Tensor
 
 from . import native
 from .layouts import ceil_div
+from .native import dtype as _dtype
+from .native import enum as _enum
 
 if TYPE_CHECKING:
     from .dispatch import Problem
 
 _ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPES = {
-    torch.float32: "f32",
-    torch.bfloat16: "bf16",
-    torch.float16: "f16",
-    torch.uint8: "u8",
-    torch.int8: "i8",
-    torch.int64: "i64",
-}
 _isa: contextvars.ContextVar[str | None] = contextvars.ContextVar("zoact_isa", default=None)
-
-
-@functools.cache
-def _enum(kind: str, name: str) -> int:
-    return native.module().ENUMS[kind][name]
-
-
-@functools.cache
-def _dtype(dtype: torch.dtype) -> int:
-    return _enum("DType", _DTYPES[dtype])
 
 
 def _ptr(tensor: Tensor | None) -> int:
@@ -110,6 +93,8 @@ class Cpu:
             return f"{p.dtype} is not float32, bfloat16 or float16"
         if p.scale_dtype is not None and p.scale_dtype not in (*_ACTIVATIONS, torch.uint8):
             return f"scales are {p.scale_dtype}"
+        if p.layout == "cuda":
+            return "the weight is in layout 'cuda'; these kernels read 'row' and 'cpu'"
         if p.format == "dense" and p.code_dtype not in _ACTIVATIONS:
             return f"the dense weight is {p.code_dtype}"
         if "noise on the scales" in p.features and (len(p.features) > 1 or "flat blocks" in p.features):

@@ -5,7 +5,7 @@
 
 A tied model reads one weight twice, as a table and as `lm_head`. `PackedEmbedding(head)` owns nothing then: it looks
 its rows up in the head's storage, whatever layout the head keeps. In layout `cpu` a row is a column of a block of 64,
-so the gather has a stride of 64 (or the width of the last block).
+so the gather has a stride of 64 (or the width of the last block); in layout `cuda` it takes 64 bytes in every 512.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .formats import FORMATS, PackedWeight
-from .layouts import BLOCK, ceil_div, padded_columns
+from .layouts import BLOCK, ceil_div, pack_nibbles, padded_columns, take_byte_fragments, take_fragments
 
 
 class HoldsPacked(Protocol):
@@ -119,8 +119,14 @@ def take_rows(table: PackedWeight, ids: Tensor) -> PackedWeight:
         if low < 0 or high >= N:
             raise IndexError(f"`ids` has {low if low < 0 else high}; the table has rows 0..{N - 1}")
     stored = {name: tensor for name, tensor in table.tensors.items() if name != "nested"}
-    if table.layout == "row":
-        rows = {name: tensor[ids] for name, tensor in stored.items()}
+    if table.layout != "cpu":
+        rows = {name: tensor[ids] for name, tensor in stored.items() if table.layout == "row" or name != "weight"}
+        if table.layout == "cuda":
+            fmt = FORMATS[table.format]
+            if fmt.bits == 4:
+                rows["weight"] = pack_nibbles(take_fragments(table.weight, ids, K), fmt.padding)
+            else:
+                rows["weight"] = take_byte_fragments(table.weight, ids, K)
     else:
         rows = {name: _take_columns(tensor, N, ids) for name, tensor in stored.items()}
         # Not contiguous(), which leaves the odd strides of a dimension of size 1, and `view` minds them.

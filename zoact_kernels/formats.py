@@ -10,8 +10,9 @@ groups = ceil(K / group_size): a scale covers `group_size` consecutive weights o
 of a row may be short. D(W) is a real number, computed exactly or in fp64, rounded to fp32, and from there to bf16 or
 fp16: for nf4 and fp4 the bits of bitsandbytes. The float64 result is not rounded to fp32 on its way.
 
-Two layouts hold the same codes. `row` is canonical and what checkpoints store. `cpu` is what the CPU kernels read,
-output columns side by side in blocks of 64: see layouts.py, and csrc/formats.h, which says it for C++ and CUDA.
+Layouts hold the same codes. `row` is canonical and what checkpoints store. `cpu` is what the CPU kernels read, output
+columns side by side in blocks of 64: see layouts.py, and csrc/formats.h, which says it for C++. `cuda` is what the CUDA
+C++ kernels read of all but dense: codes in tiles of 16 x 64 (layouts.py, csrc/cuda/weight.cuh), scales as in `row`.
 
 `nested` keeps the 8-bit absmax of bitsandbytes, fp32 [257 + ceil(scales / 256)]: 256 code values, an offset, one absmax
 for 256 scales each. Scale i is code[scale_i] * absmax[i / 256] + offset, a product and a sum, each rounded to fp32. The
@@ -30,10 +31,25 @@ import torch
 from torch import Tensor
 
 from . import quantizers
-from .layouts import BLOCK, ceil_div, dwords, from_blocks, pack_nibbles, padded_columns, to_blocks, unpack_nibbles
+from .layouts import (
+    BLOCK,
+    FRAGMENT_K,
+    FRAGMENT_ROWS,
+    ceil_div,
+    dwords,
+    from_blocks,
+    from_byte_fragments,
+    from_fragments,
+    pack_nibbles,
+    padded_columns,
+    to_blocks,
+    to_byte_fragments,
+    to_fragments,
+    unpack_nibbles,
+)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-LAYOUTS = ("row", "cpu")
+LAYOUTS = ("row", "cpu", "cuda")
 BLOCKWISE = ("nf4", "fp4")  # formats of bitsandbytes: may be flat, may have nested scales
 CHUNK = 1 << 20  # weights converted at a time: 4 MB of fp32, so that the transient memory of a layer is its result
 
@@ -93,7 +109,7 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, the padding of layout `cpu` included."""
+        """Bytes of all tensors, the padding of layouts `cpu` and `cuda` included."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     def to(self, device: torch.device | str) -> PackedWeight:
@@ -101,16 +117,30 @@ class PackedWeight:
         moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         return replace(self, **moved)  # type: ignore[arg-type]  # mypy sees the other fields' types as well
 
-    def to_layout(self, layout: str) -> PackedWeight:
-        """The same codes and scales in layout "row" or "cpu"; itself if it already is. Exact both ways."""
+    def has_layout(self, layout: str) -> bool:
+        """Whether this weight can be stored so: flat blocks have "row" only, "cuda" is for codes."""
+        return layout == "row" or not (self.flat or (layout == "cuda" and self.format == "dense"))
+
+    def to_layout(self, layout: str, *, reuse: bool = False) -> PackedWeight:
+        """The same codes and scales in another layout; itself if it already is. Exact both ways.
+
+        reuse: between "row" and "cuda" the codes are put in order where they are, some rows at a time, and `self` is of
+        no use any more; only where N or K is no multiple of 16 or 64, so that one of the two holds more bytes, do they
+        move to new storage.
+        """
         if layout not in LAYOUTS:
             raise ValueError(f"`layout` is {layout!r}; layouts are {', '.join(LAYOUTS)}")
         if layout == self.layout:
             return self
-        if self.flat:
-            raise ValueError(
-                f"`layout` is {layout!r}; blocks of this {self.format} run across rows, so it has only 'row'"
-            )
+        if not self.has_layout(layout):
+            has = "blocks run across rows, so it has only 'row'" if self.flat else "there is 'row' and 'cpu'"
+            raise ValueError(f"`layout` is {layout!r}; for this {self.format} weight {has}")
+        if layout == "cuda":
+            row = self.to_layout("row")
+            return replace(row, layout=layout, weight=row._into_fragments(reuse or row is not self))
+        if self.layout == "cuda":
+            row = replace(self, layout="row", weight=self._out_of_fragments(reuse))
+            return row.to_layout(layout)
         fmt, N, K = FORMATS[self.format], self.out_features, self.in_features
         if layout == "cpu":
             weight = dwords(self.weight, K, fmt.padding) if fmt.bits == 4 else self.weight
@@ -129,6 +159,8 @@ class PackedWeight:
         fmt = FORMATS[self.format]
         if fmt.bits == 4:
             return self._unpacked(first, stop, unpack_nibbles)
+        if self.layout == "cuda":
+            return self._tile_rows(first, stop)
         return self._rows_of(self.weight, _code_rows(fmt, self.in_features), first, stop)[:, : self.in_features]
 
     def scales(self, row_start: int = 0, rows: int | None = None) -> Tensor:
@@ -152,7 +184,7 @@ class PackedWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32, row_start: int = 0, rows: int | None = None) -> Tensor:
         """D(W)[row_start : row_start + rows] as [rows, K] of float64, float32, bfloat16 or float16.
 
-        rows = None: all that follow. Only the bytes of these rows (layout `cpu`: of their blocks) are read.
+        rows = None: all that follow. Only the bytes of these rows (of their blocks or tiles) are read.
         """
         if dtype not in (torch.float64, *FLOATS):
             raise ValueError(f"`dtype` is {dtype}; allowed are float64, float32, bfloat16 and float16")
@@ -186,8 +218,38 @@ class PackedWeight:
         return row_start, N if rows is None else row_start + rows
 
     def _rows_of(self, stored: Tensor, C: int, first: int, stop: int) -> Tensor:
-        """[stop - first, C] of a tensor [N, C] in either layout."""
-        return stored[first:stop] if self.layout == "row" else from_blocks(stored, self.out_features, C, first, stop)
+        """[stop - first, C] of a tensor [N, C] in layout `row` or `cpu`."""
+        return from_blocks(stored, self.out_features, C, first, stop) if self.layout == "cpu" else stored[first:stop]
+
+    def _into_fragments(self, reuse: bool) -> Tensor:
+        """Codes of layout `row` in layout `cuda`: a chunk of rows has one place where nothing is padded."""
+        shape, _ = expected_shapes(self.format, "cuda", self.group_size, self.out_features, self.in_features)
+        out = self._storage(shape, reuse)
+        for a, b in _chunks(0, self.out_features, self.in_features):
+            rows, fmt = self.weight[a:b], FORMATS[self.format]
+            tiles = to_fragments(rows, self.in_features, fmt.padding) if fmt.bits == 4 else to_byte_fragments(rows)
+            out[a // FRAGMENT_ROWS : ceil_div(b, FRAGMENT_ROWS)] = tiles
+        return out
+
+    def _out_of_fragments(self, reuse: bool) -> Tensor:
+        shape, _ = expected_shapes(self.format, "row", self.group_size, self.out_features, self.in_features)
+        out = self._storage(shape, reuse)
+        for a, b in _chunks(0, self.out_features, self.in_features):
+            out[a:b] = self._tile_rows(a, b)
+        return out
+
+    def _storage(self, shape: tuple[int, ...], reuse: bool) -> Tensor:
+        """Room for codes: that of these where `reuse` says so and the size is the same."""
+        fits = reuse and self.weight.is_contiguous() and self.weight.numel() == math.prod(shape)
+        return self.weight.view(shape) if fits else self.weight.new_empty(shape)
+
+    def _tile_rows(self, first: int, stop: int) -> Tensor:
+        """Rows of layout `cuda` as bytes of layout `row`."""
+        start = first // FRAGMENT_ROWS
+        tiles = self.weight[start : ceil_div(stop, FRAGMENT_ROWS)]
+        N, K, fmt = stop - start * FRAGMENT_ROWS, self.in_features, FORMATS[self.format]
+        rows = from_fragments(tiles, N, K, fmt.padding) if fmt.bits == 4 else from_byte_fragments(tiles, N, K)
+        return rows[first - start * FRAGMENT_ROWS :]
 
     def _grouped(self, stored: Tensor, first: int, stop: int) -> Tensor:
         return self._rows_of(stored, self.groups, first, stop)
@@ -199,6 +261,8 @@ class PackedWeight:
             start, end = first * K, stop * K
             nibbles = unpack(self.weight[start // 2 : ceil_div(end, 2)].view(1, -1))
             return nibbles[:, start % 2 :][:, : end - start].reshape(-1, K)
+        if self.layout == "cuda":
+            return unpack(self._tile_rows(first, stop))[:, :K]
         return unpack(self._rows_of(self.weight, ceil_div(K, 8), first, stop).view(torch.uint8))[:, :K]
 
     def _factors(self, first: int, stop: int) -> Tensor:
@@ -248,6 +312,11 @@ def expected_shapes(
     if flat:
         return (ceil_div(N * K, 2),), (ceil_div(N * K, span),)
     groups = ceil_div(K, span)
+    if layout == "cuda":
+        if not fmt.bits:
+            raise ValueError(f"`layout` is 'cuda'; {format} has 'row' and 'cpu'")
+        tile = FRAGMENT_ROWS * FRAGMENT_K * fmt.bits // 8  # bytes
+        return (ceil_div(N, FRAGMENT_ROWS), ceil_div(K, FRAGMENT_K), tile), (N, groups)
     if layout == "row":
         return (N, ceil_div(K, 2) if fmt.bits == 4 else K), (N, groups) if fmt.scale_dtypes else ()
     return (padded_columns(N) * _code_rows(fmt, K),), (padded_columns(N) * groups,) if fmt.scale_dtypes else ()

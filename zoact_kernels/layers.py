@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from . import native, ops  # ops registers torch.ops.zoact
+from .cuda_ops import Cuda
+from .dispatch import Problem, arch_of
 from .formats import FORMATS, PackedWeight
 
 
@@ -117,8 +119,32 @@ def add_per_group(y: Tensor, values: Tensor) -> Tensor:
 
 
 def best_layout(device: torch.device) -> str:
-    """The layout in which the fastest implementation for `device` wants a weight to be stored."""
-    return "cpu" if device.type == "cpu" and native.module() is not None else "row"
+    """The layout in which the compiled kernels for `device` want a weight that has it; "row" without such kernels."""
+    if device.type == "cpu" and native.module() is not None:
+        return "cpu"
+    return "cuda" if device.type == "cuda" and native.cuda() is not None else "row"
+
+
+def settled(packed: PackedWeight, *, reuse: bool = False) -> PackedWeight:
+    """`packed` as the fastest implementation on its device wants it; `reuse` as in `PackedWeight.to_layout`.
+
+    For tensors that only stand for some on a GPU (FakeTensor) nothing is loaded: they are in layout "row".
+    """
+    weight = packed.weight
+    fake = isinstance(weight, torch._subclasses.FakeTensor) and weight.device.type == "cuda"
+    wish = "row" if fake else best_layout(weight.device)
+    if wish == "cuda":
+        wish = gpu_layout(packed, arch_of(weight.device))
+    return packed.to_layout(wish if packed.has_layout(wish) else "row", reuse=reuse)
+
+
+def gpu_layout(packed: PackedWeight, arch: str) -> str:
+    """The layout of `packed` on a GPU `arch`: "cuda" if csrc/cuda is compiled for it and multiplies by this weight."""
+    problem = Problem(
+        "zo_linear", "cuda", torch.bfloat16, 1, packed.out_features, packed.in_features, packed.format, "cuda",
+        packed.group_size, torch.uint8, None if packed.scale is None else packed.scale.dtype, arch=arch,
+    )  # fmt: skip
+    return "cuda" if packed.has_layout("cuda") and Cuda().refusal(problem) is None else "row"
 
 
 class ZOLinear(nn.Module):
@@ -199,9 +225,8 @@ class ZOLinear(nn.Module):
         """
         from .rng import param_id as id_of
 
-        target = layout or (best_layout(packed.weight.device) if packed.weight.dim() == 2 else packed.layout)
         return cls(
-            packed if packed.layout == target else packed.to_layout(target),
+            packed.to_layout(layout) if layout else settled(packed),
             bias,
             rank=rank,
             name=name,
@@ -342,11 +367,24 @@ class ZOLinear(nn.Module):
     # Storage ---------------------------------------------------------------------------------------------------------
 
     def _apply(self, fn, recurse=True):
+        """Dtypes stay. On another kind of device the weight takes the layout that is wanted there, one layer at a time:
+        where it goes as it is, the order of its codes changes in place, after the move."""
+
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)
+        leaves = fn(self.weight.new_empty(0)).device.type != self.weight.device.type
+        if leaves and self.layout == "cpu":
+            self._store(self.packed().to_layout("row"))
+        super()._apply(keep_dtype, recurse)
+        if leaves:
+            self._store(settled(self.packed(), reuse=True))
+        return self
+
+    def _store(self, packed: PackedWeight) -> None:
+        self.layout = packed.layout
+        self.weight, self.scale, self.offset = packed.weight, packed.scale, packed.offset
 
     def _anatomy(self) -> Tensor:
         return torch.tensor(

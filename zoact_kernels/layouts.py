@@ -3,6 +3,8 @@
 Layout `cpu` stores any tensor [N, C] as blocks of 64 columns, the last one of what remains rounded up to 16: block
 after block [C, width], so that one load takes the same row of 16 neighbouring columns (outputs of the layer). Lanes are
 outputs then, a product needs no horizontal sums, and every ISA reads the same bytes.
+
+Layout `cuda` stores codes in tiles of 16 x 64, each as the tensor cores take it: `to_fragments`, `to_byte_fragments`.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ FRAGMENT_ROWS, FRAGMENT_K = 16, 64  # a tile of layout `cuda`: 512 bytes
 
 
 def to_fragments(packed: Tensor, K: int, padding: int) -> Tensor:
-    """uint8 [N, ceil(K / 2)] -> uint8 [tiles of N, tiles of K, 512]: layout `cuda` of csrc/cuda/zo_linear.cu.
+    """uint8 [N, ceil(K / 2)] -> uint8 [tiles of N, tiles of K, 512]: layout `cuda` of csrc/cuda/weight.cuh.
 
     Lane 4 g + t of a warp owns 16 bytes of a tile of 16 rows x 64 k. Word i of them is the left operand of the tensor
     core for k = 16 i ..: nibble j + 4 h is row g + 8 (j & 1), k = 2 t + 8 (j >> 1) + h.
@@ -108,3 +110,45 @@ def from_fragments(tiles: Tensor, N: int, K: int, padding: int) -> Tensor:
     nibbles = unpack_nibbles(tiles.reshape(rows * columns, 512)).view(rows, columns, 8, 4, 4, 2, 2, 2)
     codes = nibbles.permute(0, 7, 2, 1, 4, 6, 3, 5).reshape(rows * FRAGMENT_ROWS, columns * FRAGMENT_K)
     return pack_nibbles(codes[:N, :K], padding)
+
+
+def take_fragments(tiles: Tensor, rows: Tensor, K: int) -> Tensor:
+    """uint8 codes [n, K] of the rows `rows` (integers [n]) of what `to_fragments` stored.
+
+    Row r of a tile lies in the 64 bytes of lanes 4 (r % 8) .. + 3: in the low nibbles for r < 8, else in the high ones.
+    """
+    columns = tiles.shape[1]
+    lanes = tiles.view(-1, columns, 8, 64)[rows // FRAGMENT_ROWS, :, rows % 8]
+    high = (rows % FRAGMENT_ROWS >= 8).view(-1, 1, 1)
+    nibbles = torch.where(high, lanes >> 4, lanes & 15).view(-1, columns, 4, 4, 2, 2)  # t; i, h, j >> 1
+    return nibbles.permute(0, 1, 3, 5, 2, 4).reshape(-1, columns * FRAGMENT_K)[:, :K]
+
+
+def to_byte_fragments(codes: Tensor) -> Tensor:
+    """int8 [N, K] -> int8 [tiles of N, tiles of K, 1024]: layout `cuda` of csrc/cuda/weight.cuh.
+
+    Half h of a tile holds k = 32 h ..; lane 4 g + t owns 16 bytes of it. Byte 8 i + 4 p + 2 j + e of them is row
+    g + 8 j, k = 32 h + 16 i + 8 p + 2 t + e.
+    """
+    N, K = codes.shape
+    rows, columns = ceil_div(N, FRAGMENT_ROWS), ceil_div(K, FRAGMENT_K)
+    whole = torch.nn.functional.pad(codes, (0, columns * FRAGMENT_K - K, 0, rows * FRAGMENT_ROWS - N))
+    tiles = whole.view(rows, 2, 8, columns, 2, 2, 2, 4, 2)  # tile; j, g; tile; h, i, p, t, e
+    return tiles.permute(0, 3, 4, 2, 7, 5, 6, 1, 8).reshape(rows, columns, 1024)
+
+
+def from_byte_fragments(tiles: Tensor, N: int, K: int) -> Tensor:
+    """The int8 [N, K] that `to_byte_fragments` was given."""
+    rows, columns = tiles.shape[:2]
+    codes = tiles.view(rows, columns, 2, 8, 4, 2, 2, 2, 2).permute(0, 7, 3, 1, 2, 5, 6, 4, 8)
+    return codes.reshape(rows * FRAGMENT_ROWS, columns * FRAGMENT_K)[:N, :K].contiguous()
+
+
+def take_byte_fragments(tiles: Tensor, rows: Tensor, K: int) -> Tensor:
+    """int8 [n, K]: the rows `rows` (integers [n]) of what `to_byte_fragments` stored."""
+    columns = tiles.shape[1]
+    parts = tiles.view(-1, columns, 2, 8, 4, 2, 2, 2, 2)  # h, g, t, i, p, j, e
+    taken = parts[
+        rows // FRAGMENT_ROWS, :, :, rows % 8, :, :, :, rows % FRAGMENT_ROWS // 8
+    ]  # [n, columns, h, t, i, p, e]
+    return taken.permute(0, 1, 2, 4, 5, 3, 6).reshape(-1, columns * FRAGMENT_K)[:, :K].contiguous()

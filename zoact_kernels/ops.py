@@ -17,7 +17,8 @@ from torch import Tensor
 
 from . import reference
 from .dispatch import Explanation, Problem, arch_of, choose, explain, implementation, using
-from .formats import FORMATS, expected_shapes
+from .formats import FORMATS, LAYOUTS, expected_shapes
+from .triton_ops.host import tf32
 
 __all__ = ["Explanation", "Problem", "choose", "explain", "using"]
 
@@ -59,6 +60,8 @@ def _check_weight(
         raise ValueError(f"`format` is {format!r}; formats are {', '.join(FORMATS)}")
     if weight is None:
         return
+    if layout not in LAYOUTS:
+        raise ValueError(f"`layout` is {layout!r}; layouts are {', '.join(LAYOUTS)}")
     flat = scale is not None and scale.dim() == 1 and weight.dim() == 1 and layout == "row"
     shapes = expected_shapes(format, layout, group_size, out_features, in_features, flat)
     stored = (("weight", weight, shapes[0]), ("scale", scale, shapes[1]), ("offset", offset, shapes[1]))
@@ -201,6 +204,7 @@ def linear_problem(
         noise if S else "none",
         tuple(features),
         arch_of(device),
+        tf32(x),
     )
 
 
@@ -353,6 +357,7 @@ def dense_problem(x, weight, scale, offset, nested, bias, seeds, sigmas, param_i
         noise=noise if S else "none",
         features=tuple(features),
         arch=arch_of(device),
+        tf32=tf32(x),
     )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .activations import evaluating
 from .losses import Batch, group_losses
+from .workspace import Workspace, using
 from .zeroth_order import StepResult, ZeroOrder
 
 DEVICE = "cuda"
@@ -40,16 +41,16 @@ class StepGraph:
         if device.type != DEVICE:
             raise ValueError(f"`optimizer` trains a model on {device}; a CUDA graph needs one on a CUDA device")
         self.optimizer, self.batch = optimizer, _copied(batch)
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph, self.workspace = torch.cuda.CUDAGraph(), Workspace()
         optimizer._prepare()
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.device(device), evaluating(optimizer.model):
+        with torch.cuda.device(device), evaluating(optimizer.model), using(self.workspace):
             with torch.cuda.stream(side):
                 for _ in range(WARM_UPS):
                     self._run(dry=True)
             torch.cuda.current_stream(device).wait_stream(side)
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=side):  # where the warm-up has made the scratch memory
                 self.losses = self._run()
 
     def step(self, batch: Batch) -> StepResult:

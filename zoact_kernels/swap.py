@@ -15,7 +15,7 @@ from . import rng
 from .embedding import PackedEmbedding
 from .formats import FORMATS, quantize
 from .integrations.bitsandbytes import from_linear4bit, is_linear4bit, to_linear4bit
-from .layers import Perturbation, ZOLinear, best_layout, perturbation_of, perturbed, zo_layers
+from .layers import Perturbation, ZOLinear, perturbation_of, perturbed, zo_layers
 
 __all__ = [
     "Perturbation",
@@ -301,9 +301,8 @@ def _convert(name: str, module: nn.Module, config: ZOConfig, param_id: int, hand
             )
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
-    layout = config.layout or (best_layout(packed.weight.device) if packed.weight.dim() == 2 else "row")
     layer = ZOLinear.from_packed(
-        packed, bias, rank=config.rank_of(name), name=name, param_id=param_id, perturbation=handle, layout=layout
+        packed, bias, rank=config.rank_of(name), name=name, param_id=param_id, perturbation=handle, layout=config.layout
     )
     layer.origin, layer.dense_dtype = origin, dense_dtype
     layer.train(module.training)

@@ -61,7 +61,7 @@ struct ZoLinear {
   void* y;        // [M, N] contiguous, dtype of x
   DType dtype;    // f16 or bf16
   int64_t M, x_stride;
-  const void* codes;  // int4, nf4, fp4: layout `cuda` (zo_linear.cu); dense: [N, K] row-major, dtype of x; null: W = 0
+  const void* codes;  // layout `cuda` (weight.cuh); dense: [N, K] row-major, dtype of x; null: W = 0
   const void* scale;  // [N, groups] row-major; null for dense
   const void* offset; // like scale, int4 only; null for w = (q - 8) * scale
   const float* nested;  // scale is u8: 256 code values, then one offset, then one absmax per 256 scales
@@ -90,8 +90,33 @@ struct ZoLinear {
   void* stream;
 };
 
+struct ZoDenseLinear {
+  ZoLinear linear;  // x, y, W, bias and the seeds of Z [N, K]; no basis, no coefficients, rank 0
+  Mask mask;
+  const float* mask_value;   // [1] or null
+  const int64_t* mask_seed;  // [1] or null
+  const float* noise_scale;  // [N, K] or null
+};
+
+struct Dequantize {
+  const void* codes;  // as in ZoLinear; dense: of code_dtype
+  const void* scale;
+  const void* offset;
+  const float* nested;
+  Format format;
+  DType scale_dtype, code_dtype;
+  int64_t N, K, group_size;
+  void* out;  // [rows, K] contiguous
+  DType dtype;
+  int64_t row_start, rows;
+  void* stream;
+};
+
+ZO_ENTRY const char* dequantize(const Dequantize&);
 ZO_ENTRY const char* zo_linear(const ZoLinear&);
 ZO_ENTRY int64_t zo_linear_workspace(const ZoLinear&);
+ZO_ENTRY const char* zo_dense_linear(const ZoDenseLinear&);
+ZO_ENTRY int64_t zo_dense_linear_workspace(const ZoDenseLinear&);
 ZO_ENTRY const char* zo_update(const ZoUpdate&);
 ZO_ENTRY const char* zo_perturb(const ZoPerturb&);
 

@@ -1,4 +1,4 @@
-// The part of a y that a block holds in registers, and the low-rank terms that it adds there:
+// The low-rank terms that a block adds to the sums it holds in registers:
 //
 //   acc += h0 . C0^T + h . C^T + h . C_g^T + (sigmas[g, s] h) . Z_s^T                h [M, R], C [N, R], Z_s [N, R]
 //
@@ -7,70 +7,14 @@
 // only its own sigmas and C_g: what another row or group adds to it is a product with zero.
 #pragma once
 #include "noise.cuh"
+#include "tile.cuh"
 
 namespace zo {
 namespace cuda {
 namespace {
 
-constexpr int WARPS = 4, THREADS = WARPS * WARP;
-constexpr int BN = 16 * WARPS;  // rows of W of a block
-constexpr int RANKS = 16;       // columns of h, C or Z in shared memory at a time
+constexpr int RANKS = 16;         // columns of h, C or Z in shared memory at a time
 constexpr int PITCH = RANKS + 1;  // floats from row to row there: eight rows in different banks
-
-// A call with what the launcher worked out. Sizes are 32 bits wide: a GPU divides 64 bits by calling a subroutine.
-struct Call {
-  ZoLinear z;
-  int M, N, K, R, base_rank, S;
-  int group_rows;          // rows of x of a row group
-  int group_size, groups;  // of a scale; scales of a row of W
-  int blocks;              // of BK k
-  int parts, base_parts;   // of h and base_h
-  int splits, split_blocks;  // split i takes blocks of BK from i * split_blocks on
-  const float* h;       // [parts, M, R]
-  const float* base_h;  // [base_parts, M, base_rank]
-  float* partial;       // the sums of each split as threads hold them; null when K is whole
-  float table[16];      // the codebook
-};
-
-ZO_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
-
-// Element i of an array of fp32, fp16 or bf16: biases and scales, few enough for a branch that all threads take alike.
-ZO_DEVICE float scalar_at(const void* p, DType dtype, int64_t i) {
-  if (dtype == DType::f32) return ((const float*)p)[i];
-  if (dtype == DType::f16) return to_float(((const f16*)p)[i]);
-  return to_float(((const bf16*)p)[i]);
-}
-
-// ---------------------------------------------------------------- the sums of a block
-
-// Which part of y this thread holds: acc[j] is C [16, 8] of ptx.cuh for rows n, n + 8 of W and rows m0 + 8 j .. of x.
-template <int MT>
-struct Place {
-  int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-  int row = warp * 16 + g;                             // of the block's 64
-  int n0 = blockIdx.x * BN, n = n0 + row, m0 = blockIdx.y * 8 * MT;
-  ZO_DEVICE int column(int j, int i) const { return 8 * j + 2 * t + (i & 1); }  // of the block's 8 MT, of acc[j][i]
-};
-
-// y = acc + bias, rounded once; lanes of equal t write neighbouring columns.
-template <class T, int MT>
-ZO_DEVICE void store_y(const Call& p, const Place<MT>& at, const float (&acc)[MT][4]) {
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const int n = at.n + 8 * half;
-    if (n >= p.N) continue;
-    const float bias = p.z.bias ? scalar_at(p.z.bias, p.z.bias_dtype, n) : 0.0f;
-#pragma unroll
-    for (int j = 0; j < MT; j++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int m = at.m0 + at.column(j, i);
-        if (m < p.M) ((T*)p.z.y)[(int64_t)m * p.N + n] = from_float<T>(acc[j][2 * half + i] + bias);
-      }
-  }
-}
-
-// ---------------------------------------------------------------- low-rank terms
 
 // acc += left [BN, RANKS] . right [8 MT, RANKS]^T, both in shared memory.
 template <int MT>
@@ -147,7 +91,7 @@ ZO_DEVICE void low_rank(const Call& p, const Place<MT>& at, float* memory, float
   float *left = memory, *right = left + BN * PITCH, *own = right + 8 * MT * PITCH;
   for (int r0 = 0; p.base_h && r0 < p.base_rank; r0 += RANKS) {
     stage_h<MT>(p.base_h, p.base_parts, at.m0, p.M, r0, p.base_rank, right);
-    stage_matrix(z.base_coeff, at.n0, p.N, r0, p.base_rank, left);
+    stage_matrix(z.base_coeff, at.n0, p.w.N, r0, p.base_rank, left);
     __syncthreads();
     add_ranks<MT>(at, left, right, acc);
     __syncthreads();
@@ -156,12 +100,12 @@ ZO_DEVICE void low_rank(const Call& p, const Place<MT>& at, float* memory, float
   // `right` stays for all that meets h; `left` and `own` are filled anew for each C_g and each seed.
   for (int r0 = 0; p.h && r0 < p.R; r0 += RANKS) {
     stage_h<MT>(p.h, p.parts, at.m0, p.M, r0, p.R, right);
-    if (z.coeff) stage_matrix(z.coeff, at.n0, p.N, r0, p.R, left);
+    if (z.coeff) stage_matrix(z.coeff, at.n0, p.w.N, r0, p.R, left);
     __syncthreads();
     if (z.coeff) add_ranks<MT>(at, left, right, acc);
     for (int g = at.m0 / group_rows; z.coeff_groups && g <= last / group_rows; g++) {
       __syncthreads();  // before `left` and `own` are filled anew
-      stage_matrix(z.coeff_groups + (int64_t)g * p.N * p.R, at.n0, p.N, r0, p.R, left);
+      stage_matrix(z.coeff_groups + (int64_t)g * p.w.N * p.R, at.n0, p.w.N, r0, p.R, left);
       stage_own<MT>(right, at.m0, p.M, [&](int m) { return m / group_rows == g ? 1.0f : 0.0f; }, own);
       __syncthreads();
       add_ranks<MT>(at, left, own, acc);

@@ -39,13 +39,26 @@ ZO_DEVICE void normals(int64_t seed, uint32_t param_id, uint64_t block, float* v
   box_muller<Lane>(w.w[2], w.w[3], v[2], v[3]);
 }
 
-// Word i of a block, again without an index that varies.
-ZO_DEVICE uint32_t word_at(const Words& v, int i) {
-  const uint32_t low = i & 1 ? v.w[1] : v.w[0], high = i & 1 ? v.w[3] : v.w[2];
-  return i & 2 ? high : low;
+// Z[e .. e + 63] of the rademacher stream as bits, 1 for +1: of one block of 128, or its end and the next one's start.
+ZO_DEVICE uint64_t signs64(int64_t seed, uint32_t param_id, uint64_t e) {
+  const int bit = (int)(e & 127);
+  const Words v = words(seed, param_id, STREAM_RADEMACHER, e >> 7);
+  const uint64_t low = v.w[0] | (uint64_t)v.w[1] << 32, high = v.w[2] | (uint64_t)v.w[3] << 32;
+  uint64_t next = high;
+  if (bit > 64) {
+    const Words w = words(seed, param_id, STREAM_RADEMACHER, (e >> 7) + 1);
+    next = w.w[0] | (uint64_t)w.w[1] << 32;
+  }
+  const uint64_t first = bit < 64 ? low : high;
+  return bit & 63 ? first >> (bit & 63) | next << (64 - (bit & 63)) : first;
+}
+// The first four of them as floats.
+ZO_DEVICE void signs4(uint64_t bits, float (&z)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) z[i] = bits >> i & 1 ? 1.0f : -1.0f;
 }
 
-// Z[e .. e + 3]. Rademacher: four bits of one 128-bit block, or the last ones of it and the first ones of the next.
+// Z[e .. e + 3].
 template <Noise NOISE>
 ZO_DEVICE void noise4(int64_t seed, uint32_t param_id, uint64_t e, float (&z)[4]) {
   if (NOISE == Noise::normal) {
@@ -58,16 +71,7 @@ ZO_DEVICE void noise4(int64_t seed, uint32_t param_id, uint64_t e, float (&z)[4]
 #pragma unroll
     for (int i = 0; i < 4; i++) z[i] = v[i];
   } else {
-    const int bit = (int)(e & 127);
-    const Words v = words(seed, param_id, STREAM_RADEMACHER, e >> 7);
-    uint32_t bits = word_at(v, bit >> 5) >> (bit & 31);
-    if ((bit & 31) > 28) {  // the four bits run into the next word
-      const uint32_t next = bit < 96 ? word_at(v, (bit >> 5) + 1)
-                                     : words(seed, param_id, STREAM_RADEMACHER, (e >> 7) + 1).w[0];
-      bits |= next << (32 - (bit & 31));
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) z[i] = bits >> i & 1 ? 1.0f : -1.0f;
+    signs4(signs64(seed, param_id, e), z);
   }
 }
 

@@ -132,6 +132,21 @@ ZO_DEVICE uint32_t and_or(uint32_t a, uint32_t c) {
 #endif
 }
 
+// Byte i of the result is byte (SELECTOR >> 4 i & 15) of the eight bytes of a, then b.
+template <uint32_t SELECTOR>
+ZO_DEVICE uint32_t permute(uint32_t a, uint32_t b) {
+#ifdef __CUDACC__
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "n"(SELECTOR));
+  return d;
+#else
+  const uint64_t bytes = (uint64_t)b << 32 | a;
+  uint32_t d = 0;
+  for (int i = 0; i < 4; i++) d |= (uint32_t)(bytes >> 8 * (SELECTOR >> 4 * i & 15) & 255) << 8 * i;
+  return d;
+#endif
+}
+
 // ---------------------------------------------------------------- memory
 
 // 16 or 8 bytes at once, at an address that they divide.
@@ -170,9 +185,18 @@ ZO_DEVICE char* shared_memory() {
 #endif
 }
 
-// 16 bytes from global to shared memory behind the thread's back, past L1: a weight is read once. Zeros from byte
-// `bytes` on, and nothing is read there. They have arrived, for this thread, after async_wait; for others, after a
-// barrier on top.
+// 16 bytes from global to shared memory behind the thread's back, past L1: a weight is read once. They have arrived,
+// for this thread, after async_wait; for others, after a barrier on top.
+ZO_DEVICE void async_copy16(void* shared, const void* global) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),
+               "l"(global)
+               : "memory");
+#else
+  shim::async_copy16(shared, global, 16);
+#endif
+}
+// The same with zeros from byte `bytes` on, where nothing is read.
 ZO_DEVICE void async_copy16(void* shared, const void* global, int bytes) {
 #ifdef __CUDACC__
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DENSE, DENSE_SOAK, Case, activations, cover, dense_arguments, full, stored, weight_arguments
+from cases import DENSE, DENSE_SOAK, DTYPES, Case, activations, cover, dense_arguments, full, stored, weight_arguments
 from close import assert_no_worse
 from test_zo_dense_linear import OPTIONAL, expected
 from torch import Tensor
@@ -94,6 +94,31 @@ def test_zo_dense_linear_far_addresses() -> None:
     assert_no_worse(run(**arguments), expected(**arguments), expected(**arguments, compute=torch.float64))
 
 
-def test_zo_dense_linear_refuses_noise_on_the_scales() -> None:
-    with pytest.raises(RuntimeError, match="noise on the scales"):
-        run(**example(3, 20, 64), noise_on="scale")
+SCALED = ("int4-g32", "int4-g64-sym", "int4-g40-bf16", "int4-row-f32", "int8-g32", "nf4-g64-nested", "fp4-g96")
+
+
+@pytest.mark.parametrize(
+    ("weight", "noise", "dtype", "M", "N", "K"),
+    [
+        (weight, rng.KINDS[i % 2], list(DTYPES.values())[i % 3], *((2, 33, 100), (18, 5, 257))[i // 2 % 2])
+        for i, weight in enumerate(SCALED)
+    ],
+)
+def test_zo_dense_linear_noise_on_scales(weight: str, noise: str, dtype: torch.dtype, M: int, N: int, K: int) -> None:
+    arguments = example(M, N, K, weight, G=2) | dict(noise=noise, noise_on="scale", row_offset=5)
+    arguments["x"] = arguments["x"].to(dtype)
+    if (scale := arguments["scale"]) is not None and scale.dtype != torch.uint8:
+        scale[N // 2, 0] = 0  # a group without a zero point
+    assert_no_worse(run(**arguments), expected(**arguments), expected(**arguments, compute=torch.float64))
+    shard = {k: v[1:] if k in ("weight", "scale", "offset", "bias") and v is not None else v
+             for k, v in arguments.items()} | dict(row_offset=6, out_features=N - 1)  # fmt: skip
+    assert torch.equal(run(**shard), run(**arguments)[:, 1:])
+
+
+def test_zo_dense_linear_refuses_some_noise_on_the_scales() -> None:
+    for arguments in (
+        example(3, 20, 64) | dict(noise_scale=torch.ones(20, 64)),
+        example(3, 20, 100, "nf4-g64-flat"),
+    ):
+        with pytest.raises(RuntimeError, match="noise on the scales goes without"):
+            run(**arguments, noise_on="scale", cols=2)

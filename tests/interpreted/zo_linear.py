@@ -57,12 +57,21 @@ def test_zo_linear_split(dtype: torch.dtype, M: int) -> None:
     assert_no_worse(run(**arguments), expected(**arguments), expected(**arguments, compute=torch.float64))
 
 
+def test_chunks_of_h_beside_one_another_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows and many sum the chunks of x A in one order: equal bits, whatever M."""
+    arguments = row_example(5, 40, 1300, S=1)
+    beside = run(**arguments)
+    assert tiles.chunk_parts(5, 1300) == (3, 1) and tiles.chunk_parts(2000, 1300) == (1, 3)
+    monkeypatch.setattr(tiles, "chunk_parts", lambda M, K: (1, 3))
+    assert torch.equal(run(**arguments), beside)
+
+
 @pytest.mark.parametrize("weight", ["int4-g32", "dense-f32"])
 def test_zo_linear_splits_give_the_same_bits(weight: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The partial sums written and read again are those that stay in registers."""
     arguments = row_example(5, 40, 1300, weight, S=1)
     beside = run(**arguments)
-    tile = tiles.linear_tile(torch.float32, 5)
+    tile = tiles.linear_tile(tiles.Shape("", "float32", "int4", 5, 40, 1300))
     rows = torch.cat([arguments["x"], torch.zeros(tile.BM, 1300)])  # more than a tile: the splits follow one another
     monkeypatch.setattr(tiles, "linear_tile", lambda *_: tile)
     assert torch.equal(run(**arguments | dict(x=rows))[:5], beside)

@@ -6,15 +6,15 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from ..formats import PackedWeight
-from ..layouts import BLOCK, padded_columns
+from ..formats import PackedWeight, expected_shapes
+from ..layouts import BLOCK
 
 
 def assemble(panels: Iterable[PackedWeight], out_features: int, layout: str) -> PackedWeight:
     """Panels of 64 n rows each (the last of any) in layout `row`, top to bottom, as one weight in `layout`.
 
-    64 rows are one block of layout `cpu` and blocks stand one after the other, so a panel's storage is a slice of the
-    whole weight's, and every panel goes straight to its place.
+    64 rows are one block of layout `cpu` and four tiles of `cuda`, which stand one after the other, so a panel's
+    storage is a slice of the whole weight's, and every panel goes straight to its place.
     """
     stored: dict[str, Tensor] = {}
     filled: dict[str, int] = {}
@@ -25,7 +25,7 @@ def assemble(panels: Iterable[PackedWeight], out_features: int, layout: str) -> 
         panel = row_panel.to_layout(layout)
         for name, piece in panel.tensors.items():
             if name not in stored:
-                stored[name] = _whole(piece, panel, out_features)
+                stored[name] = _whole(name, piece, panel, out_features)
             start = filled.get(name, 0)
             filled[name] = start + piece.shape[0]
             stored[name][start : filled[name]] = piece
@@ -35,8 +35,7 @@ def assemble(panels: Iterable[PackedWeight], out_features: int, layout: str) -> 
     return PackedWeight(panel.format, layout, panel.group_size, out_features, panel.in_features, **stored)
 
 
-def _whole(piece: Tensor, panel: PackedWeight, out_features: int) -> Tensor:
+def _whole(name: str, piece: Tensor, panel: PackedWeight, out_features: int) -> Tensor:
     """Uninitialised storage for `out_features` rows, given that of one panel."""
-    if panel.layout == "row":
-        return piece.new_empty(out_features, *piece.shape[1:])
-    return piece.new_empty(piece.numel() // padded_columns(panel.out_features) * padded_columns(out_features))
+    shapes = expected_shapes(panel.format, panel.layout, panel.group_size, out_features, panel.in_features)
+    return piece.new_empty(shapes[0] if name == "weight" else shapes[1])

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .tiles import Shape, linear_rule
+
 if TYPE_CHECKING:
     from ..dispatch import Problem
 
@@ -43,12 +45,18 @@ def _missing(arch: str) -> str | None:
     return None
 
 
-# What it takes to dequantise a weight, in flops of the tensor cores: some four instructions at a fifteenth of the rate.
-DEQUANTIZE = 64.0
+# Instructions of a thread to dequantise one weight (benchmarks/results/machine_code.json: 7 to 12 for int4), and the
+# half-precision flops of the tensor cores in the time of one: peak flop/s over (multiprocessors x 128 x clock).
+INSTRUCTIONS = 8.0
+FLOPS_OF_INSTRUCTION = {"sm_86": 8.0, "sm_89": 4.0, "sm_90": 30.0, "sm_100": 60.0, "sm_120": 4.0}  # others: 16
 
 
-def _packed(p: Problem) -> bool:
-    return p.format not in ("dense", "none")
+def _dequantize(p: Problem) -> float:
+    """The work of dequantising D(W) once, as flops of the products that the time would do for."""
+    if p.format in ("dense", "none"):
+        return 0.0
+    half = FLOPS_OF_INSTRUCTION.get(p.arch, 16.0)
+    return INSTRUCTIONS * p.N * p.K * (half / 2 if p.tf32 else 2.0 if p.dtype == torch.float32 else half)
 
 
 def _cost(p: Problem) -> tuple[float, float]:
@@ -74,18 +82,20 @@ class Triton:
         if p.dtype not in _ACTIVATIONS:
             return f"{p.dtype} is not float32, bfloat16 or float16"
         if p.layout != "row":
-            return f"layout {p.layout!r} is one of CPU kernels; these read 'row'"
+            return f"the weight is in layout {p.layout!r}; these kernels read 'row'"
         if p.format == "dense" and p.code_dtype not in _ACTIVATIONS:
             return f"the dense weight is {p.code_dtype}"
-        if p.op == "zo_dense_linear" and "noise on the scales" in p.features:
-            return "noise on the scales is left to the reference"
+        if "noise on the scales" in p.features and len(p.features) > 1:
+            return "noise on the scales goes without masks and noise_scale, and not with blocks that run across rows"
         return None
 
     def cost(self, problem: Problem) -> tuple[float, float]:
-        """(flops, bytes), each operand counted once, and D(W) once for every 64 rows of x."""
+        """(flops, bytes), each operand counted once, and D(W) dequantised for every tile of rows of x."""
         p = problem
         flops, moved = _cost(p)
-        return flops + DEQUANTIZE * _packed(p) * -(-p.M // 64) * p.N * p.K, moved
+        product = "tf32" if p.tf32 else str(p.dtype).removeprefix("torch.")
+        rows = linear_rule(Shape(p.arch, product, p.format, p.M, p.N, p.K)).BM  # no tuned table: dispatch is pure
+        return flops + _dequantize(p) * -(-p.M // rows), moved
 
     def zo_linear(self, *args, **named):
         from .zo_linear import zo_linear
@@ -121,11 +131,12 @@ class Panel:
 
     def refusal(self, problem: Problem) -> str | None:
         p = problem
-        if (reason := Triton().refusal(p)) is not None:
+        read = p._replace(layout="row") if p.layout == "cuda" else p  # the op dequantises it
+        if (reason := Triton().refusal(read)) is not None:
             return reason
         if p.op != "zo_linear" or p.format == "none":
             return f"{p.op} without a weight has no panel" if p.op == "zo_linear" else f"{p.op} has no panel"
-        if p.device == "cuda" and "dtype" not in torch.ops.aten.mm.overloads():
+        if p.device == "cuda" and "dtype_out" not in torch.ops.aten.mm.overloads():
             return f"torch {torch.__version__} has no product of half precision with fp32 sums (mm with out_dtype)"
         return None
 
@@ -134,7 +145,7 @@ class Panel:
         p = problem
         flops, moved = _cost(p)
         return (
-            flops + DEQUANTIZE * _packed(p) * p.N * p.K,
+            flops + _dequantize(p),
             moved + 2.0 * p.dtype.itemsize * p.N * p.K + 8.0 * p.M * p.N,
         )
 

@@ -1,7 +1,8 @@
 """The weight formats of formats.py as device functions: a tile of D(W), whatever the format.
 
 Contract: `weight_tile` gives fp32 [BN, BK], bit for bit formats.PackedWeight.dequantize(torch.float32) of layout `row`,
-in kernels compiled with enable_fp_fusion=False; elements outside [N, K] are finite (the caller's x is zero there).
+in kernels compiled with enable_fp_fusion=False; columns from K on are finite (the caller's x is zero there), and a
+caller whose tile reaches past the last row repeats that row.
 A code becomes a float by bits, not by conversion: 2^23 + q has q as its low mantissa bits, and one subtraction, exact,
 leaves q or q - 8. `operand` rounds it to the dtype of the product, once: the bits of dequantize(dtype).
 
@@ -13,6 +14,7 @@ Arguments that say what a weight is, in every kernel:
     FORMAT                         "dense", "int8", "int4", "nf4", "fp4"
     SPAN                           weights a scale, 0 for the whole row
     FLAT                           blocks run across rows (bitsandbytes with K % block != 0)
+    EVEN                           K is a multiple of BK: nothing is masked
 """
 
 from __future__ import annotations
@@ -91,91 +93,106 @@ def _table(FORMAT: tl.constexpr):
 
 
 @triton.jit
-def _unsigned(code, CENTRE: tl.constexpr):
-    """code - CENTRE in fp32, exact, for codes below 2^8."""
-    return (code.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + CENTRE)
+def _unsigned(word, zero, AT: tl.constexpr, MASK: tl.constexpr, CENTRE: tl.constexpr):
+    """(word >> AT & MASK) - CENTRE in fp32, exact and without a shift: the field, which ends below bit 23, is put into
+    the mantissa of 2^(23 - AT), where it counts as units. `zero` is 0, which the compiler must not know: NVIDIA's
+    logic instruction takes one constant, and a second one would be moved to a register again for every code."""
+    bits = (word & (MASK << AT)) | (zero + ((150 - AT) << 23)).to(tl.uint32)
+    return bits.to(tl.float32, bitcast=True) - ((8388608 >> AT) + CENTRE)
 
 
 @triton.jit
-def _decoded(code, FORMAT: tl.constexpr, CENTRE: tl.constexpr):
-    """What the scale multiplies: q - CENTRE of int4, the value of the codebook."""
+def _decoded(word, zero, AT: tl.constexpr, FORMAT: tl.constexpr, CENTRE: tl.constexpr):
+    """What the scale multiplies, of the code in bits AT to AT + 3: q - CENTRE of int4, the value of the codebook."""
     if FORMAT == "int4":
-        return _unsigned(code, CENTRE)
+        return _unsigned(word, zero, AT, 15, CENTRE)
     else:
-        flat = tl.gather(_table(FORMAT), tl.reshape(code, (code.shape[0] * code.shape[1],)).to(tl.int32), 0)
-        return tl.reshape(flat, code.shape)
+        code = ((word >> AT) & 15).to(tl.int32)
+        return tl.reshape(tl.gather(_table(FORMAT), tl.reshape(code, (code.shape[0] * code.shape[1],)), 0), code.shape)
 
 
 @triton.jit
-def _factor_tile(
-    codes, n, k0, N, K, code_stride, FORMAT: tl.constexpr, FLAT: tl.constexpr, CENTRE: tl.constexpr, BK: tl.constexpr
-):
+def load_k(where, k, K, EVEN: tl.constexpr):
+    """Elements of columns k, zero from K on. EVEN: there are none, and a mask would cost a step of K its budget."""
+    if EVEN:
+        return tl.load(where)
+    else:
+        return tl.load(where, mask=k < K, other=0)
+
+
+@triton.jit
+def factor_tile(
+    codes, n, k0, K, code_stride, FORMAT: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr, CENTRE: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
     row = n.to(tl.int64)[:, None]
     k = k0 + tl.arange(0, BK)[None, :]
-    inside = n[:, None] < N
+    zero = tl.cast(code_stride, tl.int32) >> 31
     if FORMAT == "dense":
-        return tl.load(codes + row * code_stride + k, mask=inside & (k < K), other=0).to(tl.float32)
+        return load_k(codes + row * code_stride + k, k, K, EVEN).to(tl.float32)
     elif FORMAT == "int8":
-        q = tl.load(codes + row * code_stride + k, mask=inside & (k < K), other=0)
-        return _unsigned(q.to(tl.uint8, bitcast=True) ^ 0x80, 128.0)
+        q = load_k(codes + row * code_stride + k, k, K, EVEN)
+        return _unsigned((q.to(tl.uint8, bitcast=True) ^ 0x80).to(tl.uint32), zero, 0, 255, 128.0)
     elif FLAT:
         e = row * K + k
-        byte = tl.load(codes + (e >> 1), mask=inside & (k < K), other=0)
-        return _decoded((byte >> ((e & 1) * 4).to(tl.uint8)) & 15, FORMAT, CENTRE)
+        byte = load_k(codes + (e >> 1), k, K, EVEN).to(tl.uint32)
+        return _decoded(byte >> ((e & 1) * 4).to(tl.uint32), zero, 0, FORMAT, CENTRE)
     else:
         j = k0 // 2 + tl.arange(0, BK // 2)[None, :]
-        byte = tl.load(codes + row * code_stride + j, mask=inside & (j < code_stride), other=0)
-        return _decoded(tl.reshape(tl.join(byte & 15, byte >> 4), (n.shape[0], BK)), FORMAT, CENTRE)
+        byte = load_k(codes + row * code_stride + j, j, code_stride, EVEN).to(tl.uint32)
+        pair = tl.join(_decoded(byte, zero, 0, FORMAT, CENTRE), _decoded(byte, zero, 4, FORMAT, CENTRE))
+        return tl.reshape(pair, (n.shape[0], BK))
 
 
 @triton.jit
-def _scalars(stored, nested, index, mask):
-    """Scales (or offsets) number `index` in fp32; nested ones decoded: a product and a sum, each rounded."""
-    value = tl.load(stored + index, mask=mask, other=0)
+def scalars(stored, nested, row, step, k, K, EVEN: tl.constexpr):
+    """Scales (or offsets) number row + step, of column k, in fp32; nested ones decoded: two operations, each rounded.
+    `row` is what a loop over K leaves alone, so that a step adds no more than `step`."""
+    value = load_k(stored + row + step, k, K, EVEN)
     if nested is None:
         return value.to(tl.float32)
     else:
         code = tl.load(nested + value.to(tl.int32))
-        absmax = tl.load(nested + 257 + (index >> 8), mask=mask, other=0)
+        absmax = load_k(nested + 257 + (row + step >> 8), k, K, EVEN)
         return code * absmax + tl.load(nested + 256)
 
 
 @triton.jit
 def _scale_tile(
-    stored, nested, n, k0, N, K, groups, SPAN: tl.constexpr, FLAT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
-):
+    stored, nested, n, k0, K, groups, SPAN: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
     """Scales of the tile, fp32 [BN, BK], or [BN, 1] where the whole tile lies in one group of each row."""
     row = n.to(tl.int64)[:, None]
-    inside = n[:, None] < N
     k = k0 + tl.arange(0, BK)[None, :]
     if FLAT:
-        return _scalars(stored, nested, (row * K + k) // SPAN, inside & (k < K))
+        return scalars(stored, nested, 0, (row * K + k) // SPAN, k, K, EVEN)
     elif SPAN == 0:
-        return _scalars(stored, nested, row, inside)
+        return scalars(stored, nested, row, 0, 0, K, True)
     elif SPAN % BK == 0:
-        group = k0 // SPAN + tl.arange(0, 1)[None, :]
-        return _scalars(stored, nested, row * groups + group, inside & (group < groups))
+        return scalars(stored, nested, row * groups, k0 // SPAN, 0, K, True)
     elif BK % SPAN == 0:
         group = k0 // SPAN + tl.arange(0, BK // SPAN)[None, :]
-        each = _scalars(stored, nested, row * groups + group, inside & (group < groups))
+        each = scalars(stored, nested, row * groups, group, group, groups, EVEN)
         return tl.reshape(tl.broadcast_to(each[:, :, None], (BN, BK // SPAN, SPAN)), (BN, BK))
     else:
-        return _scalars(stored, nested, row * groups + k // SPAN, inside & (k < K))
+        return scalars(stored, nested, row * groups, k // SPAN, k, K, EVEN)
 
 
 @triton.jit
 def weight_tile(
-    codes, scale, offset, nested, n, k0, N, K, code_stride, groups,
-    FORMAT: tl.constexpr, SPAN: tl.constexpr, FLAT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    codes, scale, offset, nested, n, k0, K, code_stride, groups, FORMAT: tl.constexpr, SPAN: tl.constexpr,
+    FLAT: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """D(W)[n, k0 : k0 + BK] in fp32. n is int32 [BN]; k0 is a multiple of BK."""
+    """D(W)[n, k0 : k0 + BK] in fp32. n is int32 [BN], rows of the weight; k0 < K is a multiple of BK, and if EVEN so
+    is K."""
     if FORMAT == "dense":
-        return _factor_tile(codes, n, k0, N, K, code_stride, FORMAT, FLAT, 0.0, BK)
+        return factor_tile(codes, n, k0, K, code_stride, FORMAT, FLAT, EVEN, 0.0, BK)
     elif offset is None:
-        factor = _factor_tile(codes, n, k0, N, K, code_stride, FORMAT, FLAT, 8.0, BK)
-        return factor * _scale_tile(scale, nested, n, k0, N, K, groups, SPAN, FLAT, BN, BK)
+        factor = factor_tile(codes, n, k0, K, code_stride, FORMAT, FLAT, EVEN, 8.0, BK)
+        return factor * _scale_tile(scale, nested, n, k0, K, groups, SPAN, FLAT, EVEN, BN, BK)
     else:
-        q = _factor_tile(codes, n, k0, N, K, code_stride, FORMAT, FLAT, 0.0, BK)
-        s = _scale_tile(scale, None, n, k0, N, K, groups, SPAN, FLAT, BN, BK)
-        o = _scale_tile(offset, None, n, k0, N, K, groups, SPAN, FLAT, BN, BK)
+        q = factor_tile(codes, n, k0, K, code_stride, FORMAT, FLAT, EVEN, 0.0, BK)
+        s = _scale_tile(scale, None, n, k0, K, groups, SPAN, FLAT, EVEN, BN, BK)
+        o = _scale_tile(offset, None, n, k0, K, groups, SPAN, FLAT, EVEN, BN, BK)
         return tl.fma(q, tl.broadcast_to(s, (BN, BK)), tl.broadcast_to(o, (BN, BK)))

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import tiles
+
 
 def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Contiguous, a copy only where needed."""
@@ -21,18 +23,38 @@ def matrix(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def hip() -> bool:
-    """Whether "cuda" tensors live on AMD."""
-    return torch.version.hip is not None
+def arch_of(device: torch.device) -> str:
+    """`Problem.arch` of a device: what its kernels are compiled for."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return ""
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
-def options(warps: int, stages: int = 1) -> dict[str, Any]:
+def shape(x: Tensor, M: int, N: int, K: int, stored: Stored) -> tiles.Shape:
+    """What the tile of a product of x may depend on."""
+    product = "tf32" if tf32(x) else str(x.dtype).removeprefix("torch.")
+    return tiles.Shape(arch_of(x.device), product, "flat" if stored.flat else stored.constants[0], M, N, K)
+
+
+def tf32(x: Tensor) -> bool:
+    """Whether torch was asked to multiply fp32 matrices like x in tf32: torch.backends.cuda.matmul.fp32_precision,
+    which the older switches set too, and which answers after any of them without a warning (torch 2.9 to 2.13)."""
+    on_gpu = x.dtype == torch.float32 and x.device.type == "cuda"
+    return on_gpu and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def options(device: torch.device, warps: int, stages: int = 1) -> dict[str, Any]:
     """How every kernel is launched: products and sums rounded apart (law 2.1).
 
     NVIDIA: without a limit ptxas aims at a multiple of 8 registers below what a kernel needs, and spills a few values.
     AMD: one shape of matrix instruction for tiles of every width, so that a row's bits do not depend on it (law 2.4).
     """
-    special = dict(matrix_instr_nonkdim=16) if hip() else dict(maxnreg=255 if warps <= 4 else 168)
+    special = (
+        dict(matrix_instr_nonkdim=16) if arch_of(device).startswith("gfx") else dict(maxnreg=255 if warps <= 4 else 168)
+    )
     return dict(num_warps=warps, num_stages=stages, enable_fp_fusion=False, **special)
 
 

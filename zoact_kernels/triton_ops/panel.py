@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..workspace import Scratch
 from . import host
 from .dequantize import dequantize
 from .zo_linear import finish, low_rank_arguments
@@ -18,13 +19,14 @@ from .zo_linear import finish, low_rank_arguments
 PANEL = SUMS = 64 << 20  # bytes
 
 
-def sums32(rows: Tensor, panel: Tensor) -> Tensor:
-    """rows . panel^T in fp32, unrounded."""
+def multiply(rows: Tensor, panel: Tensor, sums: Tensor) -> None:
+    """sums = rows . panel^T in fp32, unrounded."""
     if rows.dtype == torch.float32:
-        return rows @ panel.T
-    if rows.is_cuda:
-        return torch.mm(rows, panel.T, out_dtype=torch.float32)
-    return rows.float() @ panel.float().T  # torch has no such product on the CPU
+        torch.mm(rows, panel.T, out=sums)
+    elif rows.is_cuda:
+        torch.ops.aten.mm.dtype_out(rows, panel.T, torch.float32, out=sums)
+    else:  # torch has no such product on the CPU
+        torch.mm(rows.float(), panel.float().T, out=sums)
 
 
 def zo_linear(x, weight, scale, offset, nested, bias, base_basis, base_coeff, basis, coeff, coeff_groups, projected,
@@ -37,17 +39,23 @@ def zo_linear(x, weight, scale, offset, nested, bias, base_basis, base_coeff, ba
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
+    scratch = Scratch(x.device)
     with torch.cuda.device_of(x):
         low_rank = low_rank_arguments(
             rows, N, base_basis, base_coeff, basis, coeff, coeff_groups, projected, seeds, sigmas, param_id, noise,
-            groups, row_offset, cols,
+            groups, row_offset, cols, scratch,
         )  # fmt: skip
         (bias,) = host.dense(bias)
-        width = max(64, min(PANEL // (K * x.element_size()), SUMS // (4 * M)) // 64 * 64)
+        width = min(N, max(64, min(PANEL // (max(K, 1) * x.element_size()), SUMS // (4 * M)) // 64 * 64))
+        panel, sums = scratch.take(width * K, dtype=x.dtype), scratch.take(M * width)
         for first in range(0, N, width):
             count = min(width, N - first)
-            panel = dequantize(
-                weight, scale, offset, nested, format, layout, group_size, N, K, x.dtype, first, count
-            )  # fmt: skip
-            finish(y, sums32(rows, panel)[None], bias, *low_rank, first)
+            some, its_sums = panel[: count * K].view(count, K), sums[: M * count].view(1, M, count)
+            stored = (weight, scale, offset, nested, format, layout, group_size, N, K, x.dtype, first, count)
+            if layout == "row":
+                dequantize(*stored, out=some)
+            else:
+                some = torch.ops.zoact.dequantize(*stored)  # Triton reads no other layout
+            multiply(rows, some, its_sums[0])
+            finish(y, its_sums, bias, *low_rank, first)
     return y

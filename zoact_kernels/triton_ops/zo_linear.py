@@ -21,31 +21,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..workspace import Scratch
 from . import host, tiles
-from .dequant import dot32, dot32_by, operand, rounded, weight_tile
+from .dequant import dot32, dot32_by, load_k, operand, rounded, weight_tile
 from .words import noise
 
 
 @triton.jit
-def x_tile(x, m, k0, M, K, x_stride, BK: tl.constexpr):
-    """x^T [BK, BM], zero outside."""
+def x_tile(x, m, k0, K, x_stride, EVEN: tl.constexpr, BK: tl.constexpr):
+    """x[m]^T [BK, BM], zero from K on."""
     k = k0 + tl.arange(0, BK)[:, None]
-    return tl.load(x + m.to(tl.int64)[None, :] * x_stride + k, mask=(m[None, :] < M) & (k < K), other=0)
+    return load_k(x + m.to(tl.int64)[None, :] * x_stride + k, k, K, EVEN)
 
 
 @triton.jit
 def multiply(
     x, codes, scale, offset, nested, n, m, first, last, M, N, K, x_stride, code_stride, groups,
-    FORMAT: tl.constexpr, SPAN: tl.constexpr, FLAT: tl.constexpr,
+    FORMAT: tl.constexpr, SPAN: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr, FP32: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """D(W)[n] . x[m]^T over first <= k < last: fp32 [BN, BM]. `first` is a multiple of BK, `last` too or K."""
+    """D(W)[n] . x[m]^T over first <= k < last: fp32 [BN, BM]. `first` is a multiple of BK, `last` too or K. Rows past
+    the last repeat it: nobody stores them, and no step of K has to mask them. FP32: "ieee", or "tf32" of an fp32 x."""
     DTYPE: tl.constexpr = x.dtype.element_ty
+    n, m = tl.minimum(n, N - 1), tl.minimum(m, M - 1)
     acc = tl.zeros((BN, BM), tl.float32)
     for k0 in tl.range(first, last, BK):
-        right = operand(x_tile(x, m, k0, M, K, x_stride, BK), DTYPE)
-        w = weight_tile(codes, scale, offset, nested, n, k0, N, K, code_stride, groups, FORMAT, SPAN, FLAT, BN, BK)
-        acc = tl.dot(operand(w, DTYPE), right, acc, input_precision="ieee")
+        right = operand(x_tile(x, m, k0, K, x_stride, EVEN, BK), DTYPE)
+        w = weight_tile(codes, scale, offset, nested, n, k0, K, code_stride, groups, FORMAT, SPAN, FLAT, EVEN, BN, BK)
+        acc = tl.dot(operand(w, DTYPE), right, acc, input_precision=FP32)
     return acc
 
 
@@ -110,9 +113,10 @@ def store_rows(y, acc, bias, n, m, M, N, stride):
 @triton.jit
 def product_kernel(
     y, x, codes, scale, offset, nested, bias, h0, coeff0, h, coeff, coeff_groups, seeds, sigmas, param_id,
-    M, N, K, x_stride, code_stride, groups, split, split_size, parts0, R0, parts, R, S, group_rows, row_offset, cols,
-    FORMAT: tl.constexpr, SPAN: tl.constexpr, FLAT: tl.constexpr, NOISE: tl.constexpr, ALIGN: tl.constexpr,
-    SPLIT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    M, N, K, x_stride, code_stride, groups, split, split_steps, parts0, R0, parts, R, S, group_rows, row_offset, cols,
+    FORMAT: tl.constexpr, SPAN: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr, FP32: tl.constexpr,
+    NOISE: tl.constexpr, ALIGN: tl.constexpr, SPLIT: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """SPLIT "one": K whole. "loop": the splits one after the other. "grid": program_id(1) is the split, y the fp32
     partial sums [split, M, N] that `finish_kernel` reads."""
@@ -124,16 +128,18 @@ def product_kernel(
     if FORMAT != "none":
         if SPLIT == "one":
             acc = multiply(x, codes, scale, offset, nested, n, m, 0, K, M, N, K, x_stride, code_stride, groups,
-                           FORMAT, SPAN, FLAT, BN, BM, BK)  # fmt: skip
+                           FORMAT, SPAN, FLAT, EVEN, FP32, BN, BM, BK)  # fmt: skip
         elif SPLIT == "loop":
             for i in range(split):
-                first = i * split_size
-                acc += multiply(x, codes, scale, offset, nested, n, m, first, tl.minimum(first + split_size, K),
-                                M, N, K, x_stride, code_stride, groups, FORMAT, SPAN, FLAT, BN, BM, BK)  # fmt: skip
+                first = i * split_steps * BK
+                acc += multiply(x, codes, scale, offset, nested, n, m, first, tl.minimum(first + split_steps * BK, K),
+                                M, N, K, x_stride, code_stride, groups, FORMAT, SPAN, FLAT, EVEN,
+                                FP32, BN, BM, BK)  # fmt: skip
         else:
-            first = tl.program_id(1) * split_size
-            acc = multiply(x, codes, scale, offset, nested, n, m, first, tl.minimum(first + split_size, K),
-                           M, N, K, x_stride, code_stride, groups, FORMAT, SPAN, FLAT, BN, BM, BK)  # fmt: skip
+            first = tl.program_id(1) * split_steps * BK
+            acc = multiply(x, codes, scale, offset, nested, n, m, first, tl.minimum(first + split_steps * BK, K),
+                           M, N, K, x_stride, code_stride, groups, FORMAT, SPAN, FLAT, EVEN, FP32,
+                           BN, BM, BK)  # fmt: skip
     if SPLIT == "grid":
         store_rows(y + tl.program_id(1).to(tl.int64) * M * N, acc, None, n, m, M, N, N)
     else:
@@ -166,12 +172,13 @@ def finish_kernel(
 @triton.jit
 def project_kernel(
     h, x, basis, M, K, R, x_stride, group_rows, chunks, chunk_size,
-    PER_GROUP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    PER_GROUP: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """h[program_id(2)] [M, R] = the sum of `chunks` chunks of x A, each summed from zero; A [K, R], or [G, K, R]."""
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
-    group = tl.minimum(m, M - 1) // group_rows
+    m_there, r_there = tl.minimum(m, M - 1), tl.minimum(r, R - 1)
+    group = m_there // group_rows
     total = tl.zeros((BR, BM), tl.float32)
     low, high = (tl.min(group, 0), tl.max(group, 0)) if PER_GROUP else (0, 0)
     for g in range(low, high + 1):
@@ -181,27 +188,26 @@ def project_kernel(
             acc = tl.zeros((BR, BM), tl.float32)
             for k0 in tl.range(first, tl.minimum(first + chunk_size, K), BK):
                 k = k0 + tl.arange(0, BK)[None, :]
-                at = basis + (tl.zeros_like(k).to(tl.int64) + g) * K * R + k * R + r[:, None]
-                left = tl.load(at, mask=(k < K) & (r[:, None] < R), other=0)
-                acc = dot32_by(left, x_tile(x, m, k0, M, K, x_stride, BK), acc, x.dtype.element_ty)
+                at = basis + (tl.zeros_like(k).to(tl.int64) + g) * K * R + k * R + r_there[:, None]
+                left = load_k(at, k, K, EVEN)
+                acc = dot32_by(left, x_tile(x, m_there, k0, K, x_stride, EVEN, BK), acc, x.dtype.element_ty)
             own += acc
         total = tl.where(group[None, :] == g, own, total) if PER_GROUP else own
     where = h + (m.to(tl.int64) + tl.program_id(2) * M)[None, :] * R + r[:, None]
     tl.store(where, total, mask=(m[None, :] < M) & (r[:, None] < R))
 
 
-def project(rows: Tensor, basis: Tensor, groups: int) -> tuple[Tensor, int]:
+def project(rows: Tensor, basis: Tensor, groups: int, scratch: Scratch) -> tuple[Tensor, int]:
     """h = x A as parts [parts, M, R] that still have to be summed, and their number."""
     (M, K), R = rows.shape, basis.shape[-1]
-    chunks = max(1, -(-K // tiles.CHUNK))
-    parts = chunks if M <= 64 else 1  # beside one another where rows alone do not fill the device
-    BM, BR = 16 if M <= 16 else 32, tiles.rank_tile(R)
-    h = torch.empty((parts, M, R), dtype=torch.float32, device=rows.device)
+    parts, chunks = tiles.chunk_parts(M, K)
+    BM, BK, BR = 16 if M <= 16 else 32, 32, tiles.rank_tile(R)
+    h = scratch.take(parts, M, R)
     if R:
         project_kernel[(triton.cdiv(M, BM), triton.cdiv(R, BR), parts)](
-            h, rows, basis, M, K, R, rows.stride(0), M // groups, chunks // parts, tiles.CHUNK,
-            basis.dim() == 3, BM, 32, BR,
-            **host.options(4, 2),
+            h, rows, basis, M, K, R, rows.stride(0), M // groups, chunks, tiles.CHUNK,
+            basis.dim() == 3, K % BK == 0, BM, BK, BR,
+            **host.options(rows.device, 4, 2),
         )  # fmt: skip
     return h, parts
 
@@ -210,6 +216,7 @@ def low_rank_arguments(
     rows: Tensor, N: int, base_basis: Tensor | None, base_coeff: Tensor | None, basis: Tensor | None,
     coeff: Tensor | None, coeff_groups: Tensor | None, projected: Tensor | None, seeds: Tensor | None,
     sigmas: Tensor | None, param_id: Tensor | None, noise: str, groups: int, row_offset: int, cols: int,
+    scratch: Scratch,
 ) -> tuple[tuple, tuple, dict]:  # fmt: skip
     """What `low_rank` needs, in the order of the kernels: tensors, sizes, constants. A basis runs `project`."""
     base_coeff, coeff, coeff_groups = host.dense(base_coeff, coeff, coeff_groups)
@@ -217,13 +224,13 @@ def low_rank_arguments(
     M = rows.shape[0]
     h0, parts0, R0 = None, 0, 0
     if base_basis is not None:
-        h0, parts0 = project(rows, base_basis.contiguous(), 1)
+        h0, parts0 = project(rows, base_basis.contiguous(), 1, scratch)
         R0 = base_basis.shape[-1]
     h, parts, R = None, 0, 0
     if projected is not None:
         h, parts, R = projected.reshape(M, -1).contiguous(), 1, projected.shape[-1]
     elif basis is not None:
-        h, parts = project(rows, basis.contiguous(), groups)
+        h, parts = project(rows, basis.contiguous(), groups, scratch)
         R = basis.shape[-1]
     if R == 0 or (coeff is None and coeff_groups is None and seeds is None):
         h = coeff = coeff_groups = seeds = None
@@ -242,7 +249,7 @@ def finish(y: Tensor, sums: Tensor, bias: Tensor | None, tensors: tuple, sizes: 
     BM = 16 if M <= 16 else 32
     finish_kernel[(triton.cdiv(M, BM) * triton.cdiv(width, 64),)](
         y, sums, bias, *tensors, M, y.shape[-1], first, width, split, *sizes, BN=64, BM=BM, **constants,
-        **host.options(4),
+        **host.options(y.device, 4),
     )  # fmt: skip
 
 
@@ -256,22 +263,26 @@ def zo_linear(x, weight, scale, offset, nested, bias, base_basis, base_coeff, ba
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
+    scratch = Scratch(x.device)
     with torch.cuda.device_of(x):
         tensors, sizes, constants = low_rank_arguments(
             rows, N, base_basis, base_coeff, basis, coeff, coeff_groups, projected, seeds, sigmas, param_id, noise,
-            groups, row_offset, cols,
+            groups, row_offset, cols, scratch,
         )  # fmt: skip
         (bias,) = host.dense(bias)
         stored = host.Stored.of(weight, scale, offset, nested, format, group_size, K)
-        tile = tiles.linear_tile(x.dtype, M, stored.flat, host.hip())
+        shape = host.shape(x, M, N, K, stored)
+        tile = tiles.linear_tile(shape)
         split, size = tiles.splits(N, K) if weight is not None else (1, tiles.K_STEP)
         beside = split > 1 and M <= tile.BM
         grid = triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN)
-        sums = torch.empty((split, M, N), dtype=torch.float32, device=x.device) if beside else y
+        sums = scratch.take(split, M, N) if beside else y
         product_kernel[(grid, split if beside else 1)](
-            sums, rows, *stored.tensors, bias, *tensors, M, N, K, rows.stride(0), *stored.sizes, split, size, *sizes,
-            *stored.constants, SPLIT="grid" if beside else "loop" if split > 1 else "one",
-            BN=tile.BN, BM=tile.BM, BK=tile.BK, **constants, **host.options(tile.warps, tile.stages),
+            sums, rows, *stored.tensors, bias, *tensors, M, N, K, rows.stride(0), *stored.sizes,
+            split, size // tile.BK, *sizes,
+            *stored.constants, EVEN=K % tile.BK == 0, FP32="tf32" if shape.product == "tf32" else "ieee",
+            SPLIT="grid" if beside else "loop" if split > 1 else "one", BN=tile.BN, BM=tile.BM, BK=tile.BK,
+            **constants, **host.options(x.device, tile.warps, tile.stages),
         )  # fmt: skip
         if beside:
             finish(y, sums, bias, tensors, sizes, constants, 0)

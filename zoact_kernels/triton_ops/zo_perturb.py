@@ -125,7 +125,8 @@ def zo_perturb_(w, seeds, weights, param_id, basis=None, noise_scale=None, mask_
             chunks = triton.cdiv(width + 127, COLS)
             perturb_kernel[(triton.cdiv(rows * chunks, ROWS),)](
                 target, seeds, weights, param_id, noise_scale, mask_value, mask_seed, rounding_seed,
-                rows, width, stride, S, row_offset, total, chunks, noise, mask, vectors, ROWS, COLS, **host.options(4),
+                rows, width, stride, S, row_offset, total, chunks, noise, mask, vectors, ROWS, COLS,
+                **host.options(w.device, 4),
             )  # fmt: skip
         else:
             R = basis.shape[1]
@@ -133,7 +134,7 @@ def zo_perturb_(w, seeds, weights, param_id, basis=None, noise_scale=None, mask_
             perturb_basis_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(width, COLS),)](
                 target, seeds, weights, param_id, basis, rounding_seed, rows, width, stride, S, R, row_offset, total,
                 noise, tiles.pow2_divisor(total, 4), tiles.pow2_divisor(width, COLS), ROWS, COLS,
-                **host.options(4),
+                **host.options(w.device, 4),
             )  # fmt: skip
     if target is not w:
         w.copy_(target)

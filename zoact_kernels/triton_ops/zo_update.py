@@ -113,5 +113,5 @@ def zo_update_(coeffs, exp_avgs, exp_avg_sqs, param_ids, seeds, weights, hyper, 
         update_kernel[(blocks.numel(),)](
             blocks, table, param_ids, seeds, weights, hyper, skip, seeds.numel(),
             seeds.numel() if weights.dim() == 2 else 0, rule, noise, vectors, ROWS, COLS,
-            **host.options(8),
+            **host.options(coeffs[0].device, 8),
         )  # fmt: skip

@@ -1,0 +1,78 @@
+"""The published methods, each a short class over the general step: its formulas, its defaults, what it trains.
+
+    zo-act   C of every layer, right basis from activations, once                       arXiv 2607.01125
+    mezo     every parameter, dense normal noise, SGD                                   arXiv 2305.17333
+    fzoo     random signs, one-sided, differences divided by their spread               arXiv 2506.09034
+    sparse-mezo, zo-sparse   MeZO under a mask by magnitude, or by chance               arXiv 2402.15751, 2402.11592
+    zo-sign, zo-momentum, zo-adam   MeZO with another rule                              arXiv 2402.11592
+    lozo, lozo-m   U V^T, V renewed now and then, SGD or momentum in the factor         arXiv 2410.07698
+    qzo      the scales of a low-bit model, clipped differences                          arXiv 2505.13430
+    subzero  U Z V^T, U and V orthonormal and renewed now and then, SGD                 arXiv 2410.08989
+
+Defaults are the published ones where there are any; they stand in the signature of `__init__`, the rest is ZeroOrder's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from ..zeroth_order import MODES, RECENT, Evaluation, LoggedStep, StepResult, ZeroOrder
+from .activation import ZOAct, ZOActOneSided
+from .dense import FZOO, MeZO, SparseMeZO, ZOAdam, ZOMomentum, ZOSign, ZOSparse
+from .low_rank import LOZO, LOZOM, SubZero
+from .scales import QZO
+
+__all__ = [
+    "METHODS",
+    "MODES",
+    "RECENT",
+    "Evaluation",
+    "LoggedStep",
+    "StepResult",
+    "ZOAct",
+    "ZeroOrder",
+    "arguments",
+    "create",
+]
+
+METHODS: dict[str, type[ZeroOrder]] = {
+    method.name: method
+    for method in (
+        ZOAct,
+        ZOActOneSided,
+        MeZO,
+        FZOO,
+        SparseMeZO,
+        ZOSparse,
+        ZOSign,
+        ZOMomentum,
+        ZOAdam,
+        LOZO,
+        LOZOM,
+        SubZero,
+        QZO,
+    )
+}
+
+
+def arguments(method: str) -> dict[str, Any]:
+    """The arguments of a named method beside the model, with its defaults. Raises ValueError for an unknown one."""
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; known are {', '.join(METHODS)}")
+    found: dict[str, Any] = {}
+    for kind in reversed(METHODS[method].__mro__):
+        if "__init__" in vars(kind) and issubclass(kind, ZeroOrder):
+            parameters = inspect.signature(kind.__init__).parameters.values()
+            found |= {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+    return found
+
+
+def create(method: str, model: nn.Module, **changes: Any) -> ZeroOrder:
+    """The optimizer of a named method; `changes` are further or other arguments of its class."""
+    known = arguments(method)
+    for name in changes.keys() - known.keys():
+        raise ValueError(f"method {method} has no argument {name!r}; it has {', '.join(known)}")
+    return METHODS[method](model, **changes)

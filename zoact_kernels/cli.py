@@ -174,6 +174,12 @@ def finetune(
     warmup: Annotated[int, _option("steps of rising learning rate")] = Recipe.warmup,
     noise: Annotated[str | None, _option("normal or rademacher")] = Recipe.noise,
     seed: Annotated[int, _option("the whole of the randomness")] = Recipe.seed,
+    fork: Annotated[
+        bool | None, _option("compute what is before the first trained block once (default: where possible)")
+    ] = Recipe.fork,
+    prefix_cache: Annotated[
+        int | None, _option("bytes of hidden states kept there, for sequences that come again")
+    ] = Recipe.prefix_cache,
     basis_batches: Annotated[int, _option("batches the basis is made of")] = Recipe.basis_batches,
     basis_method: Annotated[str, _option("gram, svd or power")] = Recipe.basis_method,
     basis_without_first: Annotated[

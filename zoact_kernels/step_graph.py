@@ -40,6 +40,8 @@ class StepGraph:
         device = optimizer.device
         if device.type != DEVICE:
             raise ValueError(f"`optimizer` trains a model on {device}; a CUDA graph needs one on a CUDA device")
+        if optimizer.fork is not None and optimizer.fork.cache is not None:
+            raise ValueError("`optimizer` has a prefix cache, which goes by tokens: the host would wait for them")
         self.optimizer, self.batch = optimizer, _copied(batch)
         self.graph, self.workspace = torch.cuda.CUDAGraph(), Workspace()
         optimizer._prepare()
@@ -78,7 +80,8 @@ class StepGraph:
         return group_losses(self.optimizer.model, self.batch, groups)
 
     def _run(self, dry: bool = False) -> Tensor:
-        return self.optimizer._on_device([self._losses], self.batch.leading, dry)
+        with self.optimizer.forking(remember=False):
+            return self.optimizer._on_device([self._losses], self.batch.leading, dry)
 
 
 def _copied(batch: Batch) -> Batch:

@@ -71,6 +71,8 @@ class Recipe:
     seed: int = 0
     noise: str = METHOD
     floor_every: int = 100
+    fork: bool | None = METHOD
+    prefix_cache: int = METHOD
     basis_batches: int = 2
     basis_method: str = "power"
     basis_without_first: bool = False
@@ -103,7 +105,7 @@ class Recipe:
             **{
                 name: getattr(self, name)
                 for name in "sigma queries sides scaling clip mode optimizer lr eps weight_decay schedule steps warmup "
-                "seed noise floor_every".split()
+                "seed noise floor_every fork prefix_cache".split()
             },
         )
 
@@ -252,7 +254,8 @@ class _Run:
         start = time.perf_counter()
         try:
             batches = (batch.to(self.optimizer.device) for batch in self.held_out())
-            seen = evaluate(self.model, self._until_stopped(batches))
+            with self.optimizer.forking():
+                seen = evaluate(self.model, self._until_stopped(batches))
         except _Stopped:
             return
         correct = torch.zeros(0) if seen.correct is None else seen.correct
@@ -369,7 +372,7 @@ def _begin(
     model: nn.Module, recipe: Recipe, batch_at: Callable[[int], Batch], watch: Watch
 ) -> tuple[ZeroOrder, dict[str, Any]]:
     """The optimizer of a new run, the basis computed unless one was imported, and what the log has to know of it."""
-    recipe.create(model)  # only for its errors, before minutes are spent on a basis
+    _ = recipe.create(model).fork  # only for its errors, before minutes are spent on a basis
     energies: list[list[Any]] = []
     layers = [layer for layer in zo_layers(model).values() if layer.rank]
     by_activations = METHODS[recipe.method].basis == "activations"

@@ -11,6 +11,8 @@ log: `replay` rebuilds theta from it without evaluating the model.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import warnings
 from collections import deque
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from . import estimators, ops, optim, rng
 from .activations import evaluating
+from .fork import Fork
 from .layers import Perturbation, perturbed, release
 from .trainables import Trainable
 
@@ -87,6 +90,8 @@ class ZeroOrder:
     mode: "stacked" evaluates all groups in one forward; "sequential" one after the other, in the memory of one.
     optimizer, betas, eps, weight_decay: see `optim`. lr, schedule, steps, warmup: see `optim.learning_rate`.
     seed: with step and query the whole of the randomness; no global generator is read. noise: "normal" or "rademacher".
+    fork: compute the blocks before the first perturbed one once for all groups (see `fork`); None where it is possible.
+    prefix_cache: bytes of hidden states kept there by sequence, for sequences that come again.
     floor_every: every so many steps, from the first, the groups are evaluated once more at sigma / 32 to see how much
         of a difference is rounding; 0 for never. It changes nothing that is trained.
 
@@ -122,6 +127,8 @@ class ZeroOrder:
         seed: int = 0,
         noise: str = "normal",
         floor_every: int = 100,
+        fork: bool | None = None,
+        prefix_cache: int = 0,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; it may be {', '.join(MODES)}")
@@ -135,6 +142,8 @@ class ZeroOrder:
             raise ValueError(f"seed is {seed}; it is a 64-bit integer, -2^63 to 2^63 - 1")
         optim.check_schedule(schedule, steps, warmup)
         estimators.check(sides, queries, scaling, clip)
+        if prefix_cache < 0 or (fork is False and prefix_cache):
+            raise ValueError(f"prefix_cache is {prefix_cache} and fork {fork}; bytes of hidden states kept at a fork")
         self.model = model
         self.sigma, self.queries, self.sides, self.scaling, self.clip = sigma, queries, sides, scaling, clip
         self.mode, self.noise, self.seed, self.floor_every = mode, noise, seed, floor_every
@@ -142,27 +151,19 @@ class ZeroOrder:
         self.note = ""  # of the step at hand
         self.iteration = 0  # steps taken, skipped ones included: the next step's number
         self.trainables = {t.name: t for t in self.find(model, release(model))}
-        self.rule = optim.RULES[optimizer](
-            {name: t.value for name, t in self.trainables.items()},
-            torch.cat([t.param_id for t in self.trainables.values()]),
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            noise=noise,
-            gains={name: t.gain for name, t in self.trainables.items()},
-            masks={name: t.mask for name, t in self.trainables.items()},
-        )
+        self._fork_wanted, self._prefix_cache = fork, prefix_cache
+        self.rule = self.make_rule(optimizer, betas=betas, eps=eps, weight_decay=weight_decay, noise=noise)
         self.floor = float("nan")
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._warned = False
 
         device = self.device
         self.groups = estimators.group_count(sides, queries)
-        self._table = estimators.group_sigmas(sides, queries, sigma)  # [G, S], on the CPU
-        self._radii, self._sigmas = (self._table.to(device, copy=True) for _ in range(2))
+        table = estimators.group_sigmas(sides, queries, sigma)
+        self._query_of = [int(row.abs().argmax()) for row in table]  # a group has one seed at most
+        self._radii = table.to(device)  # [G, S]
         self._seeds = torch.zeros(queries, dtype=torch.int64, device=device)
         self._weights = torch.zeros(queries, dtype=torch.float32, device=device)
-        self._one_seed, self._one_sigma = self._seeds[:1].clone(), self._sigmas[:1, :1].clone()
 
     def find(self, model: nn.Module, handle: Perturbation) -> Sequence[Trainable]:
         """The parameters that this method moves, set up so that `perturbed` (through `handle`) moves them."""
@@ -174,6 +175,48 @@ class ZeroOrder:
     def own_state(self) -> dict[str, Tensor]:
         """What a method's own state is, besides that of its trainables: the tensors themselves, by name."""
         return {}
+
+    @functools.cached_property
+    def fork(self) -> Fork | None:
+        """Where the row groups part, None if in the first block. ValueError where what was asked for can't be."""
+        if self._fork_wanted is False:
+            return None
+        try:
+            return Fork(self.model, cache_bytes=self._prefix_cache)
+        except ValueError:
+            if self._fork_wanted or self._prefix_cache:
+                raise
+            return None
+
+    def make_rule(self, optimizer: str, **arguments: Any) -> optim.SGD:
+        """What moves the values of the trainables."""
+        return optim.RULES[optimizer](
+            {name: t.value for name, t in self.trainables.items()},
+            torch.cat([t.param_id for t in self.trainables.values()]),
+            gains={name: t.gain for name, t in self.trainables.items()},
+            masks={name: t.mask for name, t in self.trainables.items()},
+            **arguments,
+        )
+
+    def estimate(self, evaluate: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        """Losses float64 [G, B] of the row groups of a step and the weights [S] of its noises; device work alone.
+
+        evaluate(sigmas) -> [G', B]: losses of the batch in as many groups as sigmas fp32 [G', S] has rows, as often as
+        an estimate needs it.
+        """
+        losses = evaluate(self._radii, self._query_of)
+        estimate = (losses, self.sides, self.queries, self.sigma)
+        return losses, estimators.weights(*estimate, scaling=self.scaling, clip=self.clip)
+
+    def move(self, evaluate: Callable[..., Tensor]) -> None:
+        """Move the trainables along the noises, unless `rule.skip` is set."""
+        self.rule.launch(self._seeds, self._weights)
+
+    @contextlib.contextmanager
+    def forking(self, remember: bool = True) -> Iterator[None]:
+        """Inside the block forwards of the model, clean ones too, share what is before the fork and what it keeps."""
+        with self.fork.open(remember) if self.fork else contextlib.nullcontext():
+            yield
 
     @classmethod
     def adopt(cls, model: nn.Module, layers: Sequence[str], state: Mapping[str, Tensor]) -> None:
@@ -225,8 +268,8 @@ class ZeroOrder:
         if not parts:
             raise ValueError("evaluations is empty; a step needs at least one batch")
         seeds = self._prepare()
-        with evaluating(self.model):
-            shrunk = self._evaluate(parts, estimators.FLOOR_SHRINK, rows).cpu() if self._floor_is_due() else None
+        with evaluating(self.model), self.forking():
+            shrunk = self._shrunk(parts, rows) if self._floor_is_due() else None
             losses = self._on_device(parts, rows)
         return self._finish(seeds, losses.cpu(), shrunk)
 
@@ -336,16 +379,19 @@ class ZeroOrder:
     def _on_device(self, parts: Sequence[Evaluation], rows: tuple[int, ...], dry: bool = False) -> Tensor:
         """Evaluate, estimate, update: losses float64 [G, B]. The host neither waits nor decides in between, so a CUDA
         graph can hold it (StepGraph). dry: change nothing."""
-        losses = self._evaluate(parts, 1.0, rows)
-        estimate = (losses, self.sides, self.queries, self.sigma)
-        self._weights.copy_(estimators.weights(*estimate, scaling=self.scaling, clip=self.clip))
+
+        def evaluate(sigmas: Tensor, query_of: Sequence[int] | None = None) -> Tensor:
+            return self._evaluate(parts, rows, self._seeds, sigmas, query_of)
+
+        losses, weights = self.estimate(evaluate)
+        self._weights.copy_(weights)
         fine = torch.isfinite(losses).all() & torch.isfinite(self._weights).all()
         if self.scaling == "std":  # zeros where all queries saw the same
             fine &= self._weights.any()
         self.rule.skip.copy_(fine.logical_not())
         if dry:
             self.rule.skip.fill_(True)
-        self.rule.launch(self._seeds, self._weights)
+        self.move(evaluate)
         self._settle()
         return losses
 
@@ -371,25 +417,35 @@ class ZeroOrder:
     def _floor_is_due(self) -> bool:
         return self.floor_every > 0 and self.iteration % self.floor_every == 0
 
-    def _evaluate(self, parts: Sequence[Evaluation], shrink: float, rows: tuple[int, ...]) -> Tensor:
-        """Losses float64 [G, B] of all parts side by side, at sigma * shrink."""
-        return torch.cat([torch.cat(list(self._groups(part, shrink, rows))) for part in parts], dim=1)
+    def _shrunk(self, parts: Sequence[Evaluation], rows: tuple[int, ...]) -> Tensor:
+        """Losses [G, B] at a radius where their differences are rounding, on the CPU."""
+        return self._evaluate(parts, rows, self._seeds, self._radii * estimators.FLOOR_SHRINK, self._query_of).cpu()
 
-    def _groups(self, evaluate: Evaluation, shrink: float, rows: tuple[int, ...]) -> Iterator[Tensor]:
+    def _evaluate(
+        self, parts: Sequence[Evaluation], rows: tuple[int, ...], seeds: Tensor, sigmas: Tensor,
+        query_of: Sequence[int] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Losses float64 [G, B] of all parts side by side, of the row groups sigmas [G, S].
+
+        query_of: the one seed of each group, where the host knows that it has no other.
+        """
+        return torch.cat([torch.cat(list(self._groups(part, rows, seeds, sigmas, query_of))) for part in parts], dim=1)
+
+    def _groups(
+        self, evaluate: Evaluation, rows: tuple[int, ...], seeds: Tensor, sigmas: Tensor, query_of: Sequence[int] | None
+    ) -> Iterator[Tensor]:
         """Losses of one part: [G, B] at once when stacked, else [1, B] group by group."""
+        groups = len(sigmas)
         if self.mode == "stacked":
-            torch.mul(self._radii, shrink, out=self._sigmas)
-            leading = tuple(self.groups * size for size in rows)
-            with perturbed(self.model, self._seeds, self._sigmas, self.noise, leading):
-                losses = _losses(evaluate(self.groups), self.groups)
+            leading = tuple(groups * size for size in rows)
+            with perturbed(self.model, seeds, sigmas, self.noise, leading):
+                losses = _losses(evaluate(groups), groups)
             yield losses
             return
         examples = 0
-        for sigmas in self._table:
-            query = int(sigmas.abs().argmax())  # a group has one seed at most
-            self._one_seed.copy_(self._seeds[query : query + 1])
-            self._one_sigma.fill_(float(sigmas[query]) * shrink)
-            with perturbed(self.model, self._one_seed, self._one_sigma, self.noise, rows):
+        for group in range(groups):
+            own = slice(None) if query_of is None else slice(query_of[group], query_of[group] + 1)
+            with perturbed(self.model, seeds[own], sigmas[group : group + 1, own], self.noise, rows):
                 losses = _losses(evaluate(1), 1)
             if examples not in (0, losses.numel()):
                 raise ValueError(f"a group has {losses.numel()} losses, another {examples}; all see the same batch")

@@ -70,9 +70,9 @@ class StepGraph:
         optimizer = self.optimizer
         if optimizer._floor_is_due():
             return optimizer.step_on([self._losses], self.batch.leading)
-        seeds = optimizer._prepare()
+        optimizer._prepare()
         self.graph.replay()
-        return optimizer._finish(seeds, self.losses.cpu(), None)
+        return optimizer._finish(self.losses.cpu(), None)
 
     def _losses(self, groups: int) -> Tensor:
         return group_losses(self.optimizer.model, self.batch, groups)

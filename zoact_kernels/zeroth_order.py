@@ -16,7 +16,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,17 @@ class StepResult:
         return float((self.losses[0] if odd else self.losses).mean())
 
 
+class Radii(NamedTuple):
+    """Signed radius of every seed in every row group of a forward, float32 [G, S]."""
+
+    host: Tensor  # on the CPU, to decide by
+    device: Tensor  # the same where the model is
+
+    @classmethod
+    def of(cls, table: Tensor, device: torch.device) -> Radii:
+        return cls(table, table.to(device, copy=True))
+
+
 class LoggedStep(Protocol):
     """A row of a run log, as `replay` needs it; a StepResult is one."""
 
@@ -100,6 +111,7 @@ class ZeroOrder:
     replayable = True  # from (seeds, weights, lr) of each step, without the model
     basis = "none"  # when A is computed: "none", "activations" (once, from the first batches) or "random"
     dense = False  # whether it trains the weights themselves
+    known_sides: tuple[str, ...] = estimators.SIDES
 
     def __init__(
         self,
@@ -134,6 +146,8 @@ class ZeroOrder:
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed is {seed}; it is a 64-bit integer, -2^63 to 2^63 - 1")
         optim.check_schedule(schedule, steps, warmup)
+        if sides not in self.known_sides:
+            raise ValueError(f"sides is {sides!r}; here it may be {', '.join(self.known_sides)}")
         estimators.check(sides, queries, scaling, clip)
         self.model = model
         self.sigma, self.queries, self.sides, self.scaling, self.clip = sigma, queries, sides, scaling, clip
@@ -158,11 +172,10 @@ class ZeroOrder:
 
         device = self.device
         self.groups = estimators.group_count(sides, queries)
-        self._table = estimators.group_sigmas(sides, queries, sigma)  # [G, S], on the CPU
-        self._radii, self._sigmas = (self._table.to(device, copy=True) for _ in range(2))
+        self._table = estimators.group_sigmas(sides, queries, sigma)
+        self._radii = Radii.of(self._table, device)
         self._seeds = torch.zeros(queries, dtype=torch.int64, device=device)
         self._weights = torch.zeros(queries, dtype=torch.float32, device=device)
-        self._one_seed, self._one_sigma = self._seeds[:1].clone(), self._sigmas[:1, :1].clone()
 
     def find(self, model: nn.Module, handle: Perturbation) -> Sequence[Trainable]:
         """The parameters that this method moves, set up so that `perturbed` (through `handle`) moves them."""
@@ -224,11 +237,11 @@ class ZeroOrder:
         parts = list(evaluations)
         if not parts:
             raise ValueError("evaluations is empty; a step needs at least one batch")
-        seeds = self._prepare()
+        self._prepare()
         with evaluating(self.model):
             shrunk = self._evaluate(parts, estimators.FLOOR_SHRINK, rows).cpu() if self._floor_is_due() else None
             losses = self._on_device(parts, rows)
-        return self._finish(seeds, losses.cpu(), shrunk)
+        return self._finish(losses.cpu(), shrunk)
 
     def replay(self, rows: Iterable[LoggedStep]) -> None:
         """Apply logged steps without evaluating the model; values and moments become those of the logged run.
@@ -324,21 +337,22 @@ class ZeroOrder:
 
     # --- the parts of a step ------------------------------------------------------------------------------------------
 
-    def _prepare(self) -> Tensor:
-        """What the host decides before the device runs: seeds, int64 [S] on the CPU, and the numbers of the rule."""
+    def _prepare(self) -> None:
+        """What the host decides before the device runs: the seeds, and the numbers of the rule."""
         self._check()
         self.refresh()
-        seeds = torch.tensor([rng.seed_for(self.seed, self.iteration, query) for query in range(self.queries)])
-        self._seeds.copy_(seeds)
+        self._seeds.copy_(self._draw())
         self.rule.prepare(self._rate())
-        return seeds
+
+    def _draw(self) -> Tensor:
+        """Seeds of step `iteration`, int64 [S] on the CPU."""
+        return torch.tensor([rng.seed_for(self.seed, self.iteration, query) for query in range(self.queries)])
 
     def _on_device(self, parts: Sequence[Evaluation], rows: tuple[int, ...], dry: bool = False) -> Tensor:
         """Evaluate, estimate, update: losses float64 [G, B]. The host neither waits nor decides in between, so a CUDA
         graph can hold it (StepGraph). dry: change nothing."""
-        losses = self._evaluate(parts, 1.0, rows)
-        estimate = (losses, self.sides, self.queries, self.sigma)
-        self._weights.copy_(estimators.weights(*estimate, scaling=self.scaling, clip=self.clip))
+        losses, weights = self._estimate(parts, rows)
+        self._weights.copy_(weights)
         fine = torch.isfinite(losses).all() & torch.isfinite(self._weights).all()
         if self.scaling == "std":  # zeros where all queries saw the same
             fine &= self._weights.any()
@@ -349,12 +363,18 @@ class ZeroOrder:
         self._settle()
         return losses
 
-    def _finish(self, seeds: Tensor, losses: Tensor, shrunk: Tensor | None) -> StepResult:
+    def _estimate(self, parts: Sequence[Evaluation], rows: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Losses float64 [G, B] and the weights [S] that they give `_seeds`, on the device. Raises nothing for NaN."""
+        losses = self._evaluate(parts, 1.0, rows)
+        estimate = (losses, self.sides, self.queries, self.sigma)
+        return losses, estimators.weights(*estimate, scaling=self.scaling, clip=self.clip)
+
+    def _finish(self, losses: Tensor, shrunk: Tensor | None) -> StepResult:
         """Count the step and tell what it did, once its losses [G, B] are on the CPU."""
         if shrunk is not None:
             self.floor = estimators.rounding_floor(losses, shrunk, self.sides, self.queries)
         step, lr, signal = self.iteration, self._rate(), self._signal(losses)
-        weights = self._weights.to("cpu", copy=True)
+        seeds, weights = (tensor.to("cpu", copy=True) for tensor in (self._seeds, self._weights))
         reason = self._reason(losses, weights) if bool(self.rule.skip) else ""
         self.rule.finish()
         self.iteration += 1
@@ -371,25 +391,28 @@ class ZeroOrder:
     def _floor_is_due(self) -> bool:
         return self.floor_every > 0 and self.iteration % self.floor_every == 0
 
-    def _evaluate(self, parts: Sequence[Evaluation], shrink: float, rows: tuple[int, ...]) -> Tensor:
-        """Losses float64 [G, B] of all parts side by side, at sigma * shrink."""
-        return torch.cat([torch.cat(list(self._groups(part, shrink, rows))) for part in parts], dim=1)
+    def _evaluate(
+        self, parts: Sequence[Evaluation], shrink: float, rows: tuple[int, ...], radii: Radii | None = None
+    ) -> Tensor:
+        """Losses float64 [G, B] of all parts side by side, at `radii` (None: the estimator's) * shrink."""
+        radii = radii or self._radii
+        return torch.cat([torch.cat(list(self._groups(part, shrink, rows, radii))) for part in parts], dim=1)
 
-    def _groups(self, evaluate: Evaluation, shrink: float, rows: tuple[int, ...]) -> Iterator[Tensor]:
+    def _groups(self, evaluate: Evaluation, shrink: float, rows: tuple[int, ...], radii: Radii) -> Iterator[Tensor]:
         """Losses of one part: [G, B] at once when stacked, else [1, B] group by group."""
+        groups = len(radii.host)
         if self.mode == "stacked":
-            torch.mul(self._radii, shrink, out=self._sigmas)
-            leading = tuple(self.groups * size for size in rows)
-            with perturbed(self.model, self._seeds, self._sigmas, self.noise, leading):
-                losses = _losses(evaluate(self.groups), self.groups)
+            leading = tuple(groups * size for size in rows)
+            with perturbed(self.model, self._seeds, radii.device * shrink, self.noise, leading):
+                losses = _losses(evaluate(groups), groups)
             yield losses
             return
         examples = 0
-        for sigmas in self._table:
-            query = int(sigmas.abs().argmax())  # a group has one seed at most
-            self._one_seed.copy_(self._seeds[query : query + 1])
-            self._one_sigma.fill_(float(sigmas[query]) * shrink)
-            with perturbed(self.model, self._one_seed, self._one_sigma, self.noise, rows):
+        for g, row in enumerate(radii.host):
+            used = row.nonzero().flatten().tolist() or [0]  # of the other seeds this group needs no noise
+            seeds = torch.cat([self._seeds[s : s + 1] for s in used])
+            sigmas = torch.cat([radii.device[g : g + 1, s : s + 1] for s in used], dim=1)
+            with perturbed(self.model, seeds, sigmas * shrink, self.noise, rows):
                 losses = _losses(evaluate(1), 1)
             if examples not in (0, losses.numel()):
                 raise ValueError(f"a group has {losses.numel()} losses, another {examples}; all see the same batch")

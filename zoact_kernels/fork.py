@@ -38,7 +38,7 @@ class Fork:
     """Where the row groups of a model part: before block `first`, which may be set anew between forwards.
 
     cache_bytes: of hidden states kept by sequence; 0 keeps those of the last batch alone. hits, misses: sequences found
-    in that cache and not.
+    in that cache and not. remember: False keeps nothing, for a prefix that is being trained.
 
     Raises ValueError for a model in which no list of equal blocks is found or whose blocks are compiled, and (unless
     `first` is given) where the first block, or something before it, is perturbed: nothing could be shared.
@@ -80,16 +80,21 @@ class Fork:
             self.cache.clear()
 
     @contextlib.contextmanager
-    def open(self, remember: bool = True) -> Iterator[None]:
-        """Inside the block forwards of the model fork, perturbed or clean ones (these for what is kept).
+    def forgetful(self) -> Iterator[None]:
+        """Inside the block nothing is kept or used again: where nobody may wait for the device."""
+        before, self.remember = self.remember, False
+        try:
+            yield
+        finally:
+            self.remember = before
 
-        remember: False keeps and uses nothing: for a prefix that is being trained, or where nobody may wait for the
-        device. Not to be nested.
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """Inside the block forwards of the model fork, perturbed or clean ones (these for what is kept). Not to nest.
 
         Forwards raise ValueError where rows are no copies group after group, where blocks don't run in their order,
         where a perturbed module runs before the fork, or, with a cache, for batches not padded on the right.
         """
-        self.remember = remember
         with contextlib.ExitStack() as stack:
             stack.enter_context(_running(self.body, self._run_body))
             for index, block in enumerate(self.blocks):

@@ -12,6 +12,7 @@ of `optimizer.step_on`.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import fields, replace
 from typing import Any
 
@@ -72,15 +73,15 @@ class StepGraph:
         optimizer = self.optimizer
         if optimizer._floor_is_due():
             return optimizer.step_on([self._losses], self.batch.leading)
-        seeds = optimizer._prepare()
+        optimizer._prepare()
         self.graph.replay()
-        return optimizer._finish(seeds, self.losses.cpu(), None)
+        return optimizer._finish(self.losses.cpu(), None)
 
     def _losses(self, groups: int) -> Tensor:
         return group_losses(self.optimizer.model, self.batch, groups)
 
     def _run(self, dry: bool = False) -> Tensor:
-        with self.optimizer.forking(remember=False):
+        with self.optimizer.fork.forgetful() if self.optimizer.fork else contextlib.nullcontext():
             return self.optimizer._on_device([self._losses], self.batch.leading, dry)
 
 

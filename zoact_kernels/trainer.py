@@ -237,7 +237,7 @@ class _Run:
         evaluations = [functools.partial(group_losses, self.model, part) for part in parts]
         result = optimizer.step_on(evaluations, tuple(sorted({size for part in parts for size in part.leading})))
         seconds = time.perf_counter() - start
-        tokens = batch.tokens * optimizer.groups
+        tokens = batch.tokens * len(result.losses)
         row = StepRow(
             result.step, result.seeds, result.losses, result.weights, result.lr, result.skipped, result.signal,
             result.floor, tokens, seconds,

@@ -18,7 +18,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,17 @@ class StepResult:
         return float((self.losses[0] if odd else self.losses).mean())
 
 
+class Radii(NamedTuple):
+    """Signed radius of every seed in every row group of a forward, float32 [G, S]."""
+
+    host: Tensor  # on the CPU, to decide by
+    device: Tensor  # the same where the model is
+
+    @classmethod
+    def of(cls, table: Tensor, device: torch.device) -> Radii:
+        return cls(table, table.to(device, copy=True))
+
+
 class LoggedStep(Protocol):
     """A row of a run log, as `replay` needs it; a StepResult is one."""
 
@@ -105,6 +116,7 @@ class ZeroOrder:
     replayable = True  # from (seeds, weights, lr) of each step, without the model
     basis = "none"  # when A is computed: "none", "activations" (once, from the first batches) or "random"
     dense = False  # whether it trains the weights themselves
+    known_sides: tuple[str, ...] = estimators.SIDES
 
     def __init__(
         self,
@@ -141,6 +153,8 @@ class ZeroOrder:
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed is {seed}; it is a 64-bit integer, -2^63 to 2^63 - 1")
         optim.check_schedule(schedule, steps, warmup)
+        if sides not in self.known_sides:
+            raise ValueError(f"sides is {sides!r}; here it may be {', '.join(self.known_sides)}")
         estimators.check(sides, queries, scaling, clip)
         if prefix_cache < 0 or (fork is False and prefix_cache):
             raise ValueError(f"prefix_cache is {prefix_cache} and fork {fork}; bytes of hidden states kept at a fork")
@@ -159,9 +173,8 @@ class ZeroOrder:
 
         device = self.device
         self.groups = estimators.group_count(sides, queries)
-        table = estimators.group_sigmas(sides, queries, sigma)
-        self._query_of = [int(row.abs().argmax()) for row in table]  # a group has one seed at most
-        self._radii = table.to(device)  # [G, S]
+        self._table = estimators.group_sigmas(sides, queries, sigma)
+        self._radii = Radii.of(self._table, device)
         self._seeds = torch.zeros(queries, dtype=torch.int64, device=device)
         self._weights = torch.zeros(queries, dtype=torch.float32, device=device)
 
@@ -188,6 +201,12 @@ class ZeroOrder:
                 raise
             return None
 
+    @contextlib.contextmanager
+    def forking(self) -> Iterator[None]:
+        """Inside the block forwards of the model, clean ones too, share what is before the fork and what it keeps."""
+        with self.fork.open() if self.fork else contextlib.nullcontext():
+            yield
+
     def make_rule(self, optimizer: str, **arguments: Any) -> optim.SGD:
         """What moves the values of the trainables."""
         return optim.RULES[optimizer](
@@ -197,26 +216,6 @@ class ZeroOrder:
             masks={name: t.mask for name, t in self.trainables.items()},
             **arguments,
         )
-
-    def estimate(self, evaluate: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-        """Losses float64 [G, B] of the row groups of a step and the weights [S] of its noises; device work alone.
-
-        evaluate(sigmas) -> [G', B]: losses of the batch in as many groups as sigmas fp32 [G', S] has rows, as often as
-        an estimate needs it.
-        """
-        losses = evaluate(self._radii, self._query_of)
-        estimate = (losses, self.sides, self.queries, self.sigma)
-        return losses, estimators.weights(*estimate, scaling=self.scaling, clip=self.clip)
-
-    def move(self, evaluate: Callable[..., Tensor]) -> None:
-        """Move the trainables along the noises, unless `rule.skip` is set."""
-        self.rule.launch(self._seeds, self._weights)
-
-    @contextlib.contextmanager
-    def forking(self, remember: bool = True) -> Iterator[None]:
-        """Inside the block forwards of the model, clean ones too, share what is before the fork and what it keeps."""
-        with self.fork.open(remember) if self.fork else contextlib.nullcontext():
-            yield
 
     @classmethod
     def adopt(cls, model: nn.Module, layers: Sequence[str], state: Mapping[str, Tensor]) -> None:
@@ -267,11 +266,11 @@ class ZeroOrder:
         parts = list(evaluations)
         if not parts:
             raise ValueError("evaluations is empty; a step needs at least one batch")
-        seeds = self._prepare()
-        with evaluating(self.model), self.forking():
-            shrunk = self._shrunk(parts, rows) if self._floor_is_due() else None
+        self._prepare()
+        with evaluating(self.model):
+            shrunk = self._evaluate(parts, estimators.FLOOR_SHRINK, rows).cpu() if self._floor_is_due() else None
             losses = self._on_device(parts, rows)
-        return self._finish(seeds, losses.cpu(), shrunk)
+        return self._finish(losses.cpu(), shrunk)
 
     def replay(self, rows: Iterable[LoggedStep]) -> None:
         """Apply logged steps without evaluating the model; values and moments become those of the logged run.
@@ -367,23 +366,21 @@ class ZeroOrder:
 
     # --- the parts of a step ------------------------------------------------------------------------------------------
 
-    def _prepare(self) -> Tensor:
-        """What the host decides before the device runs: seeds, int64 [S] on the CPU, and the numbers of the rule."""
+    def _prepare(self) -> None:
+        """What the host decides before the device runs: the seeds, and the numbers of the rule."""
         self._check()
         self.refresh()
-        seeds = torch.tensor([rng.seed_for(self.seed, self.iteration, query) for query in range(self.queries)])
-        self._seeds.copy_(seeds)
+        self._seeds.copy_(self._draw())
         self.rule.prepare(self._rate())
-        return seeds
+
+    def _draw(self) -> Tensor:
+        """Seeds of step `iteration`, int64 [S] on the CPU."""
+        return torch.tensor([rng.seed_for(self.seed, self.iteration, query) for query in range(self.queries)])
 
     def _on_device(self, parts: Sequence[Evaluation], rows: tuple[int, ...], dry: bool = False) -> Tensor:
         """Evaluate, estimate, update: losses float64 [G, B]. The host neither waits nor decides in between, so a CUDA
         graph can hold it (StepGraph). dry: change nothing."""
-
-        def evaluate(sigmas: Tensor, query_of: Sequence[int] | None = None) -> Tensor:
-            return self._evaluate(parts, rows, self._seeds, sigmas, query_of)
-
-        losses, weights = self.estimate(evaluate)
+        losses, weights = self._estimate(parts, rows)
         self._weights.copy_(weights)
         fine = torch.isfinite(losses).all() & torch.isfinite(self._weights).all()
         if self.scaling == "std":  # zeros where all queries saw the same
@@ -391,16 +388,22 @@ class ZeroOrder:
         self.rule.skip.copy_(fine.logical_not())
         if dry:
             self.rule.skip.fill_(True)
-        self.move(evaluate)
+        self.rule.launch(self._seeds, self._weights)
         self._settle()
         return losses
 
-    def _finish(self, seeds: Tensor, losses: Tensor, shrunk: Tensor | None) -> StepResult:
+    def _estimate(self, parts: Sequence[Evaluation], rows: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Losses float64 [G, B] and the weights [S] that they give `_seeds`, on the device. Raises nothing for NaN."""
+        losses = self._evaluate(parts, 1.0, rows)
+        estimate = (losses, self.sides, self.queries, self.sigma)
+        return losses, estimators.weights(*estimate, scaling=self.scaling, clip=self.clip)
+
+    def _finish(self, losses: Tensor, shrunk: Tensor | None) -> StepResult:
         """Count the step and tell what it did, once its losses [G, B] are on the CPU."""
         if shrunk is not None:
             self.floor = estimators.rounding_floor(losses, shrunk, self.sides, self.queries)
         step, lr, signal = self.iteration, self._rate(), self._signal(losses)
-        weights = self._weights.to("cpu", copy=True)
+        seeds, weights = (tensor.to("cpu", copy=True) for tensor in (self._seeds, self._weights))
         reason = self._reason(losses, weights) if bool(self.rule.skip) else ""
         self.rule.finish()
         self.iteration += 1
@@ -417,35 +420,29 @@ class ZeroOrder:
     def _floor_is_due(self) -> bool:
         return self.floor_every > 0 and self.iteration % self.floor_every == 0
 
-    def _shrunk(self, parts: Sequence[Evaluation], rows: tuple[int, ...]) -> Tensor:
-        """Losses [G, B] at a radius where their differences are rounding, on the CPU."""
-        return self._evaluate(parts, rows, self._seeds, self._radii * estimators.FLOOR_SHRINK, self._query_of).cpu()
-
     def _evaluate(
-        self, parts: Sequence[Evaluation], rows: tuple[int, ...], seeds: Tensor, sigmas: Tensor,
-        query_of: Sequence[int] | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Losses float64 [G, B] of all parts side by side, of the row groups sigmas [G, S].
+        self, parts: Sequence[Evaluation], shrink: float, rows: tuple[int, ...], radii: Radii | None = None
+    ) -> Tensor:
+        """Losses float64 [G, B] of all parts side by side, at `radii` (None: the estimator's) * shrink."""
+        radii = radii or self._radii
+        with self.forking():
+            return torch.cat([torch.cat(list(self._groups(part, shrink, rows, radii))) for part in parts], dim=1)
 
-        query_of: the one seed of each group, where the host knows that it has no other.
-        """
-        return torch.cat([torch.cat(list(self._groups(part, rows, seeds, sigmas, query_of))) for part in parts], dim=1)
-
-    def _groups(
-        self, evaluate: Evaluation, rows: tuple[int, ...], seeds: Tensor, sigmas: Tensor, query_of: Sequence[int] | None
-    ) -> Iterator[Tensor]:
+    def _groups(self, evaluate: Evaluation, shrink: float, rows: tuple[int, ...], radii: Radii) -> Iterator[Tensor]:
         """Losses of one part: [G, B] at once when stacked, else [1, B] group by group."""
-        groups = len(sigmas)
+        groups = len(radii.host)
         if self.mode == "stacked":
             leading = tuple(groups * size for size in rows)
-            with perturbed(self.model, seeds, sigmas, self.noise, leading):
+            with perturbed(self.model, self._seeds, radii.device * shrink, self.noise, leading):
                 losses = _losses(evaluate(groups), groups)
             yield losses
             return
         examples = 0
-        for group in range(groups):
-            own = slice(None) if query_of is None else slice(query_of[group], query_of[group] + 1)
-            with perturbed(self.model, seeds[own], sigmas[group : group + 1, own], self.noise, rows):
+        for g, row in enumerate(radii.host):
+            used = row.nonzero().flatten().tolist() or [0]  # of the other seeds this group needs no noise
+            seeds = torch.cat([self._seeds[s : s + 1] for s in used])
+            sigmas = torch.cat([radii.device[g : g + 1, s : s + 1] for s in used], dim=1)
+            with perturbed(self.model, seeds, sigmas * shrink, self.noise, rows):
                 losses = _losses(evaluate(1), 1)
             if examples not in (0, losses.numel()):
                 raise ValueError(f"a group has {losses.numel()} losses, another {examples}; all see the same batch")

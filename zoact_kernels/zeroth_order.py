@@ -151,6 +151,7 @@ class ZeroOrder:
             noise=noise,
             gains={name: t.gain for name, t in self.trainables.items()},
             masks={name: t.mask for name, t in self.trainables.items()},
+            undecayed=[name for name, t in self.trainables.items() if not t.decays],
         )
         self.floor = float("nan")
         self._recent: deque[float] = deque(maxlen=RECENT)

@@ -23,6 +23,7 @@ class Trainable:
     param_id: Tensor
     parameter: str  # its name in the base model
     gain = 1.0
+    decays = True  # whether weight decay, if any, is for it too
     mask = Mask()
     basis: Tensor | None = None
     basis_shape: tuple[int, int] | None = None

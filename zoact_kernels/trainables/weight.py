@@ -15,6 +15,8 @@ from ..optim import check_entries
 from ..parameters import Perturbed, perturb
 from .base import Trainable
 
+UNDECAYED = ("bias", "layer_norm", "layernorm")  # in MeZO's released code; a final norm called `norm` decays
+
 
 class Weight(Trainable):
     """A parameter itself: value is a view of it as [first size, rest], so the noise of an entry is at its flat address.
@@ -24,6 +26,7 @@ class Weight(Trainable):
 
     def __init__(self, name: str, owner: nn.Module, key: str, param_id: Tensor) -> None:
         self.name = self.parameter = name
+        self.decays = not any(word in name for word in UNDECAYED)
         self.owner, self.key, self.param_id = owner, key, param_id
         self.value = self._current().view(self._current().shape[0], -1)
         self.sites = [(owner, key)]  # several where it is tied

@@ -326,8 +326,9 @@ def test_export_is_a_lora_of_peft(preset, format, tmp_path):
     [
         ({"targets": ["q_proj"]}, "targets has 'q_proj', and no swapped layer is called so; give some of: down, up"),
         ({"targets": ["up", "dawn"]}, "targets has 'dawn'"),
-        ({"targets": "up"}, "it is a list of layer names"),
-        ({"targets": []}, "it is a list of layer names"),
+        ({"targets": "up,dawn"}, "targets has 'dawn'"),
+        ({"targets": []}, "targets is empty"),
+        ({"targets": ""}, "targets is empty"),
         ({"rank": 0}, "rank is 0; up with in_features=23 allows 1 to that"),
         ({"rank": 24}, "rank is 24"),
         ({"period": 2}, "has no argument 'period'"),
@@ -341,5 +342,6 @@ def test_errors(preset, arguments, message):
 
 def test_targets_by_pattern_and_a_model_without_layers():
     assert list(make("p-rge", swapped(), targets=["u*"]).trainables) == ["up"]
+    assert list(make("p-rge", swapped(), targets="down,up").trainables) == ["up", "down"]
     with pytest.raises(ValueError, match="no ZOLinear layer to train"):
         make("p-rge", plain_net())

@@ -22,8 +22,8 @@ class _LoRA(ZeroOrder):
     both: bool  # factors
 
     def __init__(
-        self, model: nn.Module, *, rank: int, alpha: float, targets: Sequence[str] = ("q_proj", "v_proj"), sigma: float,
-        lr: float, optimizer: str = "sgd", **others: Any,
+        self, model: nn.Module, *, rank: int, alpha: float, targets: Sequence[str] | str = ("q_proj", "v_proj"),
+        sigma: float, lr: float, optimizer: str = "sgd", **others: Any,
     ) -> None:  # fmt: skip
         self.rank, self.alpha, self.targets = rank, alpha, targets
         super().__init__(model, sigma=sigma, lr=lr, optimizer=optimizer, **others)

@@ -102,13 +102,13 @@ def probe_pair(
 
 
 def loras(
-    model: nn.Module, targets: Sequence[str], rank: int, alpha: float, seed: int, *, both: bool
+    model: nn.Module, targets: Sequence[str] | str, rank: int, alpha: float, seed: int, *, both: bool
 ) -> list[Trainable]:
     """A LoRA of `rank` in each layer that `targets` name, B alone or `both` factors trained, A drawn by `seed`.
 
-    targets: last parts of layer names ("q_proj"), or patterns of whole ones ("model.layers.0.*"). What these layers
-    learned before stays as their base delta. Raises ValueError for a target without a layer, a rank that is larger than
-    a layer's in_features, and for learned coefficients elsewhere.
+    targets: last parts of layer names ("q_proj"), or patterns of whole ones ("model.layers.0.*"), as a list or in one
+    text with commas. What these layers learned before stays as their base delta. Raises ValueError for a target without
+    a layer, a rank that is larger than a layer's in_features, and for learned coefficients elsewhere.
     """
     chosen = _chosen(untied_layers(model), targets)
     set_aside(model, chosen)
@@ -132,9 +132,11 @@ def kaiming(name: str, layer: ZOLinear, rank: int, seed: int) -> Tensor:
     return ((2 * u - 1) / math.sqrt(K)).float()
 
 
-def _chosen(layers: Mapping[str, ZOLinear], targets: Sequence[str]) -> dict[str, ZOLinear]:
-    if not targets or isinstance(targets, str):
-        raise ValueError(f"targets is {targets!r}; it is a list of layer names, as in ['q_proj', 'v_proj']")
+def _chosen(layers: Mapping[str, ZOLinear], targets: Sequence[str] | str) -> dict[str, ZOLinear]:
+    if isinstance(targets, str):
+        targets = [target for target in targets.split(",") if target]
+    if not targets:
+        raise ValueError("targets is empty; it has names of layers, as in ['q_proj', 'v_proj']")
     last = {name: name.rpartition(".")[2] for name in layers}
     hits = {t: [n for n in layers if last[n] == t or fnmatch.fnmatchcase(n, t)] for t in targets}
     for target, names in hits.items():

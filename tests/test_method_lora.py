@@ -268,6 +268,12 @@ def test_what_was_learned_before_stays(preset):
     with pytest.raises(RuntimeError, match="since"):
         run(optimizer, 1)
     run(again, 2)
+    if again.both:  # another method over B alone perturbs no A
+        other = swapped()
+        pair = make(preset, other)
+        run(methods.create("zo-act", other, floor_every=0), 1)
+        with pytest.raises(RuntimeError, match="another basis or method since"):
+            run(pair, 1)
     fresh = swapped("int4")
     other = make(preset, fresh, lr=5e-3, seed=5)
     other.load_state_dict(again.state_dict())

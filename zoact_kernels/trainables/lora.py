@@ -74,15 +74,17 @@ class LoraA(Trainable):
         self.name, self.parameter, self.of = f"{name}#A", f"{name}.weight#A", name
         self.layer, self.value, self.scale, self.scaled = layer, a, scale, layer.basis
         self.param_id = torch.tensor([rng.param_id(self.parameter)], device=a.device)
-        layer.probe = functools.partial(probe_pair, a, self.param_id, scale)
+        self.probe = layer.probe = functools.partial(probe_pair, a, self.param_id, scale)
 
     @torch.no_grad()
     def settle(self) -> None:
         torch.mul(self.value, self.scale, out=self.scaled)
 
     def check(self) -> None:
-        if self.layer.basis is not self.scaled:
-            raise RuntimeError(f"layer {self.of} got another basis since; make the optimizer after moving or copying")
+        if self.layer.basis is not self.scaled or self.layer.probe is not self.probe:
+            raise RuntimeError(
+                f"layer {self.of} got another basis or method since; make the optimizer after moving or copying a model"
+            )
 
     def anatomy(self) -> dict[str, Any]:
         return {"name": self.name, "param_id": int(self.param_id), "beside": self.of}

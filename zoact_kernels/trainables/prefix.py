@@ -122,9 +122,9 @@ class PrefixTensor(Trainable):
         self.param_id = torch.tensor([rng.param_id(self.name)], device=self.value.device)
 
     def check(self) -> None:
-        if self.prefix.tensor(self.kind, self.layer) is not self.value:
+        if self.prefix.tensor(self.kind, self.layer) is not self.value or not self.prefix.zo_ids:
             raise RuntimeError(
-                f"{self.name} is another tensor since; make the optimizer after moving or copying a model"
+                f"{self.name} is another tensor, or another method's, since; make the optimizer after moving or copying"
             )
 
     def anatomy(self) -> dict[str, Any]:

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 from close import allowed, assert_no_worse
+from safetensors.torch import load_file
+from test_cli import options, steps_of, zoact
 from test_methods_dense import B, Net, evaluation, ids, losses, plain_net, run, seeds_of
 from test_methods_low_rank import base, factor
+from tiny_model import make_model_dir, write_examples
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -325,6 +328,33 @@ def test_export_is_a_lora_of_peft(preset, format, tmp_path):
         assert (theirs - clean).abs().max() > 1e-2 and base_hash(model) == before
     assert all(layer.coeff.any() for name, layer in zo_layers(model).items() if layer.rank)
     assert sum(isinstance(t, LoraA) for t in optimizer.trainables.values()) == (4 if optimizer.both else 0)
+
+
+@pytest.mark.parametrize("method", ["mezo-lora", "p-rge"])
+def test_a_run_from_an_adapter(method, tmp_path):
+    """A run that begins with an adapter of an earlier one: its resume, replay and export know what that had learned."""
+    make_model_dir(tmp_path / "model", layers=1)
+    files = {"model": str(tmp_path / "model"), "train": str(write_examples(tmp_path / "train.csv", 24))}
+    one, whole, parted = (tmp_path / name for name in ("one", "whole", "parted"))
+    given = {"method": method, "lr": 0.1, "eval": None}
+    assert zoact(*options(files, one, **given, steps=2)) == 0
+    given |= {"adapter": one / "adapter", "option": "rank=3"}
+    assert zoact(*options(files, whole, **given, steps=4)) == 0
+    assert zoact(*options(files, parted, **given, steps=1)) == 0
+    assert zoact("finetune", "--resume", "--out", str(parted), "--steps", "4") == 0
+    assert steps_of(whole) == steps_of(parted)
+    assert zoact("replay", str(whole), "--adapter", str(tmp_path / "replayed")) == 0
+    written = [load_file(path / "adapter_model.safetensors") for path in (one / "adapter", whole / "adapter")]
+    rank = methods.arguments(method)["rank"]
+    assert {t.shape[0] for key, t in written[1].items() if "lora_A" in key} == {rank + 3}
+    for key, b in written[0].items():  # Q of what was imported stands before the new factors
+        if "lora_B" in key:
+            a, other = written[0][key.replace("_B", "_A")], written[1][key.replace("_B", "_A")]
+            kept = written[1][key][:, :rank] @ other[:rank]
+            assert_no_worse(kept, b @ a, b.double() @ a.double())
+    for path in (parted / "adapter", tmp_path / "replayed"):
+        for name, tensor in load_file(path / "adapter_model.safetensors").items():
+            assert torch.equal(tensor, written[1][name])
 
 
 @pytest.mark.parametrize(

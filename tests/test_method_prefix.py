@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import zlib
 from pathlib import Path
@@ -394,6 +393,9 @@ def test_models_without_a_cache_are_refused():
     with pytest.raises(ValueError, match="BertModel keeps no keys and values.*encoders don't"):
         make(bert)
     assert prefix_of(bert) is None
+    sizes = {"vocab_size": V, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 1, "num_heads": 4}
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        make(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)))
     with pytest.raises(ValueError, match="Linear is no Hugging Face model"):
         make(torch.nn.Linear(3, 4))
     with pytest.raises(ValueError, match="tokens is 0"):
@@ -409,4 +411,3 @@ def test_models_without_a_cache_are_refused():
         perturbed(model, torch.tensor([1]), torch.zeros(2, 1), leading=(4,)),
     ):
         model(input_ids=x.repeat(2, 1))
-    assert dataclasses.is_dataclass(Batch)

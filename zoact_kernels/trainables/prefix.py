@@ -90,8 +90,9 @@ class Prefix(nn.Module, Released):
             if not isinstance(mask, Tensor) or mask.dim() != 2:
                 raise ValueError("`attention_mask` is no [sequences, tokens]; with a prefix it has to be, or None")
             moved["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], self.tokens), mask], dim=1)
-        if kwargs.get("position_ids") is not None:
-            moved["position_ids"] = kwargs["position_ids"] + self.tokens
+        for key in ("position_ids", "cache_position"):
+            if kwargs.get(key) is not None:
+                moved[key] = kwargs[key] + self.tokens
         return (), kwargs | moved
 
     def _end(self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -161,6 +162,10 @@ def _from_activations(model: nn.Module, tokens: int, seed: int) -> Prefix:
     found: list[Any] = [module for module in model.modules() if hasattr(type(module), "get_output_embeddings")]
     if not found:
         raise ValueError(f"{type(model).__name__} is no Hugging Face model, and a prefix goes through its cache")
+    if getattr(found[0].config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(found[0]).__name__} is an encoder-decoder; a prefix is for decoders: take another method"
+        )
     u = rng.uniform(seed, rng.param_id("prefix"), 1, tokens, device=found[0].device).double()
     body, cache = _body(found, (u * found[0].config.get_text_config().vocab_size).long())
     states: list[list[Any]] = [[getattr(layer, kind, None) for kind in KINDS] for layer in getattr(cache, "layers", ())]

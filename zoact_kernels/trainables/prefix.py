@@ -4,7 +4,7 @@
 
 A `Prefix` is a child of the model's body and two hooks on it: a forward that brings no cache, or an empty one, gets one
 that begins with the prefix, so losses, evaluation and `generate()` see it alike. Masks and positions are the caller's,
-who counts its own tokens alone; here they are moved right by the length of the prefix.
+who counts its own tokens alone; here they are moved right by the length of the prefix. transformers 4.56 or later.
 """
 
 from __future__ import annotations

@@ -367,6 +367,7 @@ def test_a_run_from_an_adapter(method, tmp_path):
         ({"targets": ""}, "targets is empty"),
         ({"rank": 0}, "rank is 0; up with in_features=23 allows 1 to that"),
         ({"rank": 24}, "rank is 24"),
+        ({"alpha": 0.0}, "alpha is 0.0"),
         ({"period": 2}, "has no argument 'period'"),
     ],
 )

@@ -94,7 +94,8 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], base_model_
 def export_prefix(model: nn.Module, directory: str | os.PathLike[str], base_model_name: str | None = None) -> Path:
     """Write the prefix of a model as PEFT's prefix tuning without a projection; files, return and OSError as above.
 
-    prompt_embeddings [tokens, layers * 2 * heads * width] fp32: keys and values of layer 0, then of layer 1 ...
+    prompt_embeddings [tokens, layers * 2 * heads * width] fp32: keys and values of layer 0, then of layer 1 ... PEFT
+    reads that of a language model; of a classifier it wants the head as well, which was not trained and is not here.
     Raises ValueError: the model has no prefix, or has a LoRA as well, which one adapter can't hold beside it.
     """
     prefix = prefix_of(model)

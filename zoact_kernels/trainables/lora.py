@@ -112,6 +112,8 @@ def loras(
     text with commas. What these layers learned before stays as their base delta. Raises ValueError for a target without
     a layer, a rank that is larger than a layer's in_features, and for learned coefficients elsewhere.
     """
+    if not alpha > 0:
+        raise ValueError(f"alpha is {alpha}; the scale alpha / rank has to be positive")
     chosen = _chosen(untied_layers(model), targets)
     set_aside(model, chosen)
     found: list[Trainable] = []

@@ -296,6 +296,19 @@ def test_sequential_and_micro_batches_are_the_same_step():
         assert_no_worse(losses.float(), found[0].float(), found[0])
 
 
+@torch.no_grad()
+def test_step_descends_and_flipped_ascends():
+    for sign in (1, -1):
+        model = model_of()
+        optimizer, losses = make(model, queries=4, lr=0.1), evaluation(model, *ids())
+        before = float(losses(1).mean())
+        optimizer.lr = sign * optimizer.lr
+        for _ in range(20):
+            optimizer.step_on([losses])
+        after = float(losses(1).mean())
+        assert after < 0.8 * before if sign > 0 else after > 1.2 * before
+
+
 def test_lost_losses_skip():
     model = model_of()
     optimizer = make(model, lr=0.3)

@@ -110,16 +110,18 @@ def loras(
 
     targets: last parts of layer names ("q_proj"), or patterns of whole ones ("model.layers.0.*"), as a list or in one
     text with commas. What these layers learned before stays as their base delta. Raises ValueError for a target without
-    a layer, a rank that is larger than a layer's in_features, and for learned coefficients elsewhere.
+    a layer, a rank that is larger than a layer's in_features, and for learned coefficients elsewhere; before anything is
+    changed.
     """
-    if not alpha > 0:
-        raise ValueError(f"alpha is {alpha}; the scale alpha / rank has to be positive")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha is {alpha}; it has to be positive and finite")
     chosen = _chosen(untied_layers(model), targets)
-    set_aside(model, chosen)
-    found: list[Trainable] = []
     for name, layer in chosen.items():
         if not 1 <= rank <= layer.in_features:
             raise ValueError(f"rank is {rank}; {name} with in_features={layer.in_features} allows 1 to that")
+    set_aside(model, chosen)
+    found: list[Trainable] = []
+    for name, layer in chosen.items():
         name = rng.strip_prefixes(name)
         a, scale = kaiming(name, layer, rank, seed), alpha / rank
         layer.set_basis(a * scale)

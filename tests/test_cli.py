@@ -130,6 +130,22 @@ def test_ctrl_c_ends_cleanly_and_resumes(
     assert steps_of(out) == steps_of(run)
 
 
+def killed(arguments: list[str], out: Path, pause: float) -> None:
+    """Run a command in a process of its own, and kill that `pause` seconds after its third step."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", "from zoact_kernels.cli import main; main()", *arguments], stdout=subprocess.DEVNULL
+    )
+    begun = len(steps_of(out)) if RunLog.exists(out) else 0
+    deadline = time.monotonic() + 120
+    while child.poll() is None and time.monotonic() < deadline:
+        if RunLog.exists(out) and len(steps_of(out)) > begun + 2:
+            break
+        time.sleep(0.05)
+    time.sleep(pause)
+    child.kill()
+    assert child.wait() in (0, -signal.SIGKILL)
+
+
 def test_kill_9_at_random_moments(files: dict[str, str], tmp_path: Path) -> None:
     """The real thing: another process, killed by the clock wherever it happens to be, resumed until it gets through."""
     out, whole = tmp_path / "run", tmp_path / "whole"
@@ -137,18 +153,7 @@ def test_kill_9_at_random_moments(files: dict[str, str], tmp_path: Path) -> None
     assert zoact(*options(files, whole, **more)) == 0
     for pause in (0.0, 0.17):
         arguments = ["finetune", "--resume", "--out", str(out)] if RunLog.exists(out) else options(files, out, **more)
-        child = subprocess.Popen(
-            [sys.executable, "-c", "from zoact_kernels.cli import main; main()", *arguments], stdout=subprocess.DEVNULL
-        )
-        begun = len(steps_of(out)) if RunLog.exists(out) else 0
-        deadline = time.monotonic() + 120
-        while child.poll() is None and time.monotonic() < deadline:
-            if RunLog.exists(out) and len(steps_of(out)) > begun + 2:
-                break
-            time.sleep(0.05)
-        time.sleep(pause)
-        child.kill()
-        assert child.wait() in (0, -signal.SIGKILL)
+        killed(arguments, out, pause)
     assert zoact("finetune", "--resume", "--out", str(out)) == 0
     assert steps_of(out) == steps_of(whole)
     with RunLog.open(out) as a, RunLog.open(whole) as b:

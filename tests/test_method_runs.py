@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_cli import options, steps_of, zoact
+from test_cli import killed, options, steps_of, zoact
 from tiny_model import make_model_dir, write_examples
 
 from zoact_kernels import cli, methods
@@ -52,6 +52,20 @@ def test_a_run(method: str, files: dict[str, str], tmp_path: Path, capsys: pytes
     assert zoact("export", str(whole), "--out", str(tmp_path / "exported")) == 0
     for path in (whole / "adapter").iterdir():
         assert (tmp_path / "exported" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_kill_9(method: str, files: dict[str, str], tmp_path: Path) -> None:
+    """Killed for real between two snapshots or in one, a run goes on to the bits of one that was left alone."""
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    more = {"steps": 60, "snapshot-every": 7, "eval": None}
+    assert zoact(*command(files, whole, method, **more)) == 0
+    killed(command(files, out, method, **more), out, 0.05)
+    assert zoact("finetune", "--resume", "--out", str(out)) == 0
+    assert steps_of(out) == steps_of(whole)
+    with RunLog.open(out) as a, RunLog.open(whole) as b:
+        assert a.snapshots()[-1].coeff_hash == b.snapshots()[-1].coeff_hash
 
 
 def test_trained_weights_fit_the_base_model(files: dict[str, str], tmp_path: Path) -> None:

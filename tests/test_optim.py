@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from zoact_kernels import optim, rng
+from zoact_kernels import methods, optim, rng
 
 SHAPES = {"one": (7, 1), "wide": (33, 4), "scalar": (1, 1), "odd": (5, 3)}
 IDS = torch.tensor([3, 2**32 - 1, 77, 12345])
@@ -64,6 +64,33 @@ def test_optim_equals_torch(rule, weight_decay, noise):
     for c, p in zip(ours.values(), theirs, strict=True):
         torch.testing.assert_close(c.double(), p.detach(), rtol=2e-6, atol=2e-6)
     assert opt.t == 6
+
+
+@pytest.mark.parametrize("rule", optim.RULES)
+def test_optim_undecayed(rule):
+    """Those that decay move as if all did, the others as if none did, bit for bit, weights per layer included."""
+    bare = {"one", "odd"}
+    found = []
+    for decay, undecayed in ((0.1, ()), (0.0, ()), (0.1, bare), (0.1, SHAPES)):
+        c = coefficients()
+        opt = optim.RULES[rule](c, IDS, weight_decay=decay, undecayed=undecayed)
+        for step in range(3):
+            opt.update(SEEDS, torch.arange(8).view(4, 2) - 3.0 + step, lr=1e-2)
+        found.append(c)
+    decayed, none, mixed, all_bare = found
+    for name in SHAPES:
+        assert torch.equal(mixed[name], (none if name in bare else decayed)[name])
+        assert torch.equal(all_bare[name], none[name]) and not torch.equal(none[name], decayed[name])
+
+
+def test_mezo_decays_by_name():
+    """Where nothing else moves, a bias or a layer norm stays as it is and the rest shrinks by lr wd; `norm` decays."""
+    net = nn.ModuleDict({name: nn.Linear(3, 2) for name in ("up", "layer_norm", "input_layernorm", "norm")})
+    optimizer = methods.create("mezo", net, weight_decay=0.5)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    optimizer.rule.update(torch.tensor([1]), torch.zeros(1), lr=0.25)
+    for name, p in net.named_parameters():
+        assert torch.equal(p.detach(), before[name] * (0.875 if name in ("up.weight", "norm.weight") else 1)), name
 
 
 def test_optim_weights_per_layer():

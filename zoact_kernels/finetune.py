@@ -29,7 +29,7 @@ from torch import nn
 
 from . import demo, memory
 from .data import DataError, Dataset, Example, Task, order, read, step_indices
-from .integrations.peft import export_lora, import_lora
+from .integrations.peft import export_adapter, import_lora
 from .integrations.transformers import load_model
 from .layers import zo_layers
 from .losses import Batch, group_losses
@@ -245,14 +245,14 @@ def finetune(
 
 
 def export(model: nn.Module, optimizer: ZeroOrder, directory: Path, base: str | None) -> None:
-    """What was trained: a PEFT LoRA of what stands beside the weights, `trained.safetensors` of weights themselves.
+    """What was trained: a PEFT adapter of what stands beside the weights, `trained.safetensors` of weights themselves.
 
     The latter holds each trained parameter under the name and in the shape that it has in the base model.
     """
     found = {t.parameter: t.whole() for t in optimizer.trainables.values()}
     tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
     if len(tensors) < len(found):
-        export_lora(model, directory, base)
+        export_adapter(model, directory, base)
     if not tensors:
         return
     directory.mkdir(parents=True, exist_ok=True)

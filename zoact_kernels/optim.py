@@ -17,16 +17,27 @@ updates: a skipped step changes nothing, t included.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import ops  # noqa: F401  (defines torch.ops.zoact)
+from . import ops  # defines torch.ops.zoact
 from .estimators import SCALINGS
 from .layers import Mask
 
 SCHEDULES = ("constant", "linear", "cosine")
+HYPER_DECAY = ops.HYPER.index("weight_decay")
+
+
+class _Launch(NamedTuple):
+    """What one call of the op moves: names, their rows in weights [L, S], their ids, the numbers of the rule."""
+
+    names: list[str]
+    rows: Tensor
+    ids: Tensor
+    hyper: Tensor
 
 
 class SGD:
@@ -36,7 +47,7 @@ class SGD:
         takes bfloat16 and float16 as well, without weight decay, and rounds them stochastically: to nearest, a step
         below half an ulp would be lost every time.
     gains: {name: factor on g}, where it is not 1. masks: {name: what of it may move}; such a one takes a rule without
-        moments and no weight decay either.
+        moments and no weight decay either. undecayed: names that weight decay leaves alone.
     param_ids: int64 [L], in the order of `coeffs`: the noise of each layer.
     """
 
@@ -54,6 +65,7 @@ class SGD:
         noise: str = "normal",
         gains: Mapping[str, float] | None = None,
         masks: Mapping[str, Mask] | None = None,
+        undecayed: Collection[str] = (),
     ) -> None:
         self.masks = {name: mask for name, mask in (masks or {}).items() if mask.kind != "none"}
         _check(coeffs, param_ids, betas, eps, weight_decay, self.moments == 0)
@@ -65,18 +77,22 @@ class SGD:
         self.betas, self.eps, self.weight_decay, self.noise = betas, eps, weight_decay, noise
         device = param_ids.device
         self.param_ids = param_ids
-        # One launch for those that it takes; the others one by one.
+        # One launch for those that it takes, two if some of them decay and some don't; the others one by one.
+        names = list(self.coeffs)
         self._single = [
             i for i, (name, c) in enumerate(self.coeffs.items()) if name in self.masks or c.dtype != torch.float32
         ]
-        fused = [i for i in range(len(self.coeffs)) if i not in self._single]
-        self._fused = [c for i, c in enumerate(self.coeffs.values()) if i in fused]
-        self._fused_ids = param_ids[fused] if self._single else param_ids
-        self._fused_rows = torch.tensor(fused, device=device)
+        fused = [i for i in range(len(names)) if i not in self._single]
+        bare = [i for i in fused if weight_decay and names[i] in undecayed]
+        self.hyper = torch.zeros(7, dtype=torch.float32, device=device)
+        self._launches = [
+            _Launch([names[i] for i in part], torch.tensor(part, device=device), param_ids[part], hyper)
+            for part, hyper in (([i for i in fused if i not in bare], self.hyper), (bare, self.hyper.clone()))
+            if part
+        ]
         factors = [(gains or {}).get(name, 1.0) for name in self.coeffs]
         self._gains = torch.tensor(factors, device=device)[:, None] if any(f != 1 for f in factors) else None
         self.t = 0
-        self.hyper = torch.zeros(7, dtype=torch.float32, device=device)
         self.skip = torch.zeros(1, dtype=torch.bool, device=device)
         self.exp_avgs, self.exp_avg_sqs = (
             {name: torch.zeros_like(c, requires_grad=False) for name, c in self.coeffs.items()} if held else {}
@@ -104,6 +120,10 @@ class SGD:
         beta1, beta2 = (torch.tensor(beta, dtype=torch.float32).item() for beta in self.betas)
         hyper = (lr, beta1, beta2, self.eps, self.weight_decay, 1 - beta1**t, 1 - beta2**t)
         self.hyper.copy_(torch.tensor(hyper, dtype=torch.float64))
+        for launch in self._launches:
+            if launch.hyper is not self.hyper:
+                launch.hyper.copy_(self.hyper)
+                launch.hyper[HYPER_DECAY] = 0
 
     @torch.no_grad()
     def launch(self, seeds: Tensor, weights: Tensor) -> None:
@@ -111,24 +131,19 @@ class SGD:
         weights = self.weights(weights)
         if self._gains is not None:
             weights = self._gains * weights
-        torch.ops.zoact.zo_update_(
-            self._fused,
-            list(self.exp_avgs.values()),
-            list(self.exp_avg_sqs.values()),
-            self._fused_ids,
-            seeds,
-            weights[self._fused_rows] if weights.dim() == 2 and self._single else weights,
-            self.hyper,
-            self.skip,
-            self.rule,
-            self.noise,
-        )
+        for names, rows, ids, hyper in self._launches:
+            values, *moments = (
+                [held[name] for name in names] if held else []
+                for held in (self.coeffs, self.exp_avgs, self.exp_avg_sqs)
+            )
+            own = weights[rows] if weights.dim() == 2 and len(names) < len(self.coeffs) else weights
+            torch.ops.zoact.zo_update_(values, *moments, ids, seeds, own, hyper, self.skip, self.rule, self.noise)
         if not self._single or (self.skip.device.type == "cpu" and bool(self.skip)):
             return
         moves = torch.where(self.skip, torch.zeros_like(weights), -self.hyper[0] * weights)
-        values = list(self.coeffs.items())
+        items = list(self.coeffs.items())
         for i in self._single:
-            name, value = values[i]
+            name, value = items[i]
             own, mask = moves[i] if moves.dim() == 2 else moves, self.masks.get(name, Mask())
             torch.ops.zoact.zo_perturb_(
                 value, seeds, own, self.param_ids[i : i + 1], None, None, mask.value, mask.seed, seeds[:1], self.noise,

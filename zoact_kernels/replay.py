@@ -10,6 +10,7 @@ from torch import nn
 from .formats import FORMATS, PackedWeight, expected_shapes
 from .layers import Perturbation, ZOLinear
 from .runlog import RunError, RunLog
+from .trainables import Prefix
 from .trainer import Recipe, coeff_hash, load_state
 from .zeroth_order import ZeroOrder
 
@@ -18,6 +19,13 @@ def skeleton(log: RunLog) -> nn.Module:
     """The trained layers of a run without their weights: enough for `replay` and `export_lora`; no forward."""
     root, perturbation = nn.Module(), Perturbation()
     for entry in log.meta["layers"]:
+        if "beside" in entry:  # a factor of a layer that is there
+            continue
+        if "prefix" in entry:
+            owner = entry["prefix"]["name"].rpartition(".")[0]
+            if not hasattr(parent := _reach(root, owner), "prefix"):
+                Prefix(**entry["prefix"]).attach(parent)
+            continue
         if "shape" in entry:
             owner, _, key = entry["name"].rpartition(".")
             dtype = getattr(torch, entry["dtype"])

@@ -12,6 +12,7 @@ agree bit for bit. Counters are those of Philox4x32-10 (Salmon et al. 2011):
     1       e >> 7  rademacher: bit e & 31 of word (e >> 5) & 3;  1 -> +1, 0 -> -1
     2       e >> 2  stochastic rounding: word e & 3
     3       e >> 2  masks: takes part where word e & 3 < floor(share * 2^32)
+    5       e >> 2  uniform, for starting values: ((word e & 3 >> 9) + 1/2) / 2^23   (4 is the order of data)
 
 Every float operation is one IEEE fp32 operation, rounded to nearest, in the order written; an implementation that fuses
 a multiply and an add changes 5 % of the normals. They are within 1.2e-6 of float64.
@@ -35,6 +36,7 @@ import torch
 from torch import Tensor
 
 STREAM_NORMAL, STREAM_RADEMACHER, STREAM_ROUNDING, STREAM_MASK = range(4)
+STREAM_UNIFORM = 5
 KINDS = ("normal", "rademacher")
 PREFIXES = ("module.", "_orig_mod.", "base_model.model.")
 
@@ -308,6 +310,14 @@ def mask(
     """
     threshold = _threshold(share)
     return _element_words(seed, param_id, STREAM_MASK, rows, cols, row_offset, total_cols, device) < threshold
+
+
+def uniform(
+    seed: int | Tensor, param_id: int | Tensor, rows: int, cols: int, *, device: torch.device | str = "cpu"
+) -> Tensor:
+    """fp32 [rows, cols], each one of the 2^23 middles of equal parts of (0, 1): what a starting value is drawn from."""
+    words = _element_words(seed, param_id, STREAM_UNIFORM, rows, cols, 0, None, device)
+    return ((words >> 9).float() + 0.5) * 2.0**-23
 
 
 def round_stochastic(

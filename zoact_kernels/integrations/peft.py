@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..layers import ZOLinear, zo_layers
 from ..rng import strip_prefixes
+from ..trainables.prefix import KINDS, prefix_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -87,7 +88,44 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], base_model_
     for name, (basis, coeff) in factors.items():
         tensors[f"{PREFIX}{names[name]}.lora_A.weight"] = basis.T.contiguous()
         tensors[f"{PREFIX}{names[name]}.lora_B.weight"] = coeff.contiguous()
+    return _write(directory, tensors, config)
 
+
+def export_prefix(model: nn.Module, directory: str | os.PathLike[str], base_model_name: str | None = None) -> Path:
+    """Write the prefix of a model as PEFT's prefix tuning without a projection; files, return and OSError as above.
+
+    prompt_embeddings [tokens, layers * 2 * heads * width] fp32: keys and values of layer 0, then of layer 1 ... PEFT
+    reads that of a language model; of a classifier it wants the head as well, which was not trained and is not here.
+    Raises ValueError: the model has no prefix, or has a LoRA as well, which one adapter can't hold beside it.
+    """
+    prefix = prefix_of(model)
+    if prefix is None:
+        raise ValueError("`model` has no prefix; a method that trains one comes before export_prefix")
+    if any(lora_factors(layer) is not None for layer in zo_layers(model).values()):
+        raise ValueError("`model` has a prefix and a LoRA; a PEFT adapter is one of them, so merge the LoRA first")
+    tensors = [prefix.tensor(kind, layer) for layer in range(prefix.layers) for kind in KINDS]
+    config = {
+        "peft_type": "PREFIX_TUNING",
+        "task_type": "CAUSAL_LM" if _has_head(model) else "SEQ_CLS",
+        "base_model_name_or_path": base_model_name,
+        "num_virtual_tokens": prefix.tokens,
+        "num_layers": prefix.layers,
+        "num_attention_heads": prefix.heads,
+        "token_dim": prefix.heads * prefix.width,
+        "encoder_hidden_size": prefix.heads * prefix.width,
+        "num_transformer_submodules": 1,
+        "prefix_projection": False,
+        "inference_mode": True,
+    }
+    return _write(directory, {"prompt_embeddings": torch.cat(tensors, dim=1).cpu()}, config)
+
+
+def export_adapter(model: nn.Module, directory: str | os.PathLike[str], base_model_name: str | None = None) -> Path:
+    """The model's prefix if it has one, else its LoRA."""
+    return (export_lora if prefix_of(model) is None else export_prefix)(model, directory, base_model_name)
+
+
+def _write(directory: str | os.PathLike[str], tensors: dict[str, Tensor], config: dict[str, Any]) -> Path:
     from safetensors.torch import save
 
     directory = Path(directory)

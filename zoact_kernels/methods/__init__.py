@@ -8,6 +8,8 @@
     lozo, lozo-m   U V^T, V renewed now and then, SGD or momentum in the factor         arXiv 2410.07698
     qzo      the scales of a low-bit model, clipped differences                          arXiv 2505.13430
     subzero  U Z V^T, U and V orthonormal and renewed now and then, SGD                 arXiv 2410.08989
+    mezo-lora, mezo-prefix   both factors of a LoRA; keys and values of a prefix        arXiv 2305.17333
+    p-rge    B of a LoRA whose A is random and fixed, several queries in one forward    arXiv 2409.15520
 
 Defaults are the published ones where there are any; they stand in the signature of `__init__`, the rest is ZeroOrder's.
 """
@@ -22,6 +24,7 @@ from torch import nn
 from ..zeroth_order import MODES, RECENT, Evaluation, LoggedStep, StepResult, ZeroOrder
 from .activation import ZOAct, ZOActOneSided
 from .dense import FZOO, MeZO, SparseMeZO, ZOAdam, ZOMomentum, ZOSign, ZOSparse
+from .lora import PRGE, MeZOLoRA, MeZOPrefix
 from .low_rank import LOZO, LOZOM, SubZero
 from .scales import QZO
 
@@ -54,6 +57,9 @@ METHODS: dict[str, type[ZeroOrder]] = {
         LOZOM,
         SubZero,
         QZO,
+        MeZOLoRA,
+        MeZOPrefix,
+        PRGE,
     )
 }
 

@@ -18,8 +18,8 @@ from .checks import check_period, check_share
 class MeZO(ZeroOrder):
     """theta +- sigma z, z ~ N(0, I);  d = (f+ - f-) / (2 sigma);  theta <- theta - lr (d z + wd theta).
 
-    All parameters take part, norms, biases and embeddings too, a tied head once. Weights in 16 bits are rounded
-    stochastically.
+    All parameters take part, norms, biases and embeddings too, a tied head once; wd is 0 where a name has bias,
+    layer_norm or layernorm. Weights in 16 bits are rounded stochastically.
     """
 
     name, paper = "mezo", "arXiv 2305.17333"

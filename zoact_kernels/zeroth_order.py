@@ -97,7 +97,7 @@ class ZeroOrder:
     name = ""
     paper = ""
     summary = ""  # one line
-    replayable = True  # from (seeds, weights, lr) of each step, without the model
+    replayable = True  # from (seeds, weights, lr) of each step, without the model; False: evaluated again at resume
     basis = "none"  # when A is computed: "none", "activations" (once, from the first batches) or "random"
     dense = False  # whether it trains the weights themselves
 
@@ -233,8 +233,11 @@ class ZeroOrder:
     def replay(self, rows: Iterable[LoggedStep]) -> None:
         """Apply logged steps without evaluating the model; values and moments become those of the logged run.
 
-        rows: consecutive steps from `iteration` on. Raises ValueError where one is missing or does not fit.
+        rows: consecutive steps from `iteration` on. Raises ValueError where one is missing or does not fit, and for a
+        method that is not `replayable`.
         """
+        if not self.replayable:
+            raise ValueError(f"{self.name} can't be replayed: its steps need the model, not only seeds and weights")
         for row in rows:
             if row.step != self.iteration:
                 raise ValueError(f"the log goes on with step {row.step}; step {self.iteration} is next")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +64,10 @@ class Listening(Watch):
         self.heard.append(text)
 
 
-@pytest.fixture
-def recipe() -> Recipe:
-    return replace(RECIPE, method="remembering", snapshot_every=4, eval_every=0)
+@pytest.fixture(params=["remembering", "agzo"])
+def recipe(request: pytest.FixtureRequest) -> Recipe:
+    lr = 1e-5 if request.param == "agzo" else RECIPE.lr
+    return Recipe(request.param, steps=7, batch_size=4, snapshot_every=4, floor_every=5, lr=lr, seed=5)
 
 
 @pytest.fixture
@@ -130,9 +130,9 @@ def test_without_the_model(tiny: Tiny, whole: Path, recipe: Recipe, tmp_path: Pa
     with RunLog.open(whole) as log:
         restored = trainer.restore(skeleton(log), log, recipe, Watch())
         assert restored.iteration == 7 and trainer.coeff_hash(restored) == log.snapshots()[-1].coeff_hash
-        with pytest.raises(RunError, match="is a run of remembering, whose steps need more than the seeds"):
+        with pytest.raises(RunError, match=f"is a run of {recipe.method}, whose steps need more than the seeds"):
             replay(log)
-        with pytest.raises(ValueError, match="remembering can't be replayed"):
+        with pytest.raises(ValueError, match=f"{recipe.method} can't be replayed"):
             restored.replay([])
     with pytest.raises(ZeroDivisionError):
         tiny.run(tmp_path / "run", recipe, watch=Interrupt(3))

@@ -98,7 +98,7 @@ class ZeroOrder:
     paper = ""
     summary = ""  # one line
     replayable = True  # from (seeds, weights, lr) of each step, without the model; False: evaluated again at resume
-    basis = "none"  # when A is computed: "none", "activations" (once, from the first batches) or "random"
+    basis = "none"  # what A is made of: "activations" (of the first batches, once), "inputs" (of each step), "random"
     dense = False  # whether it trains the weights themselves
 
     def __init__(
@@ -151,14 +151,15 @@ class ZeroOrder:
             noise=noise,
             gains={name: t.gain for name, t in self.trainables.items()},
             masks={name: t.mask for name, t in self.trainables.items()},
+            along={name: t.along for name, t in self.trainables.items() if t.along is not None},
         )
         self.floor = float("nan")
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._warned = False
 
         device = self.device
-        self.groups = estimators.group_count(sides, queries)
-        self._table = estimators.group_sigmas(sides, queries, sigma)  # [G, S], on the CPU
+        self._table = self.radii()  # [G, S], on the CPU
+        self.groups = len(self._table)
         self._radii, self._sigmas = (self._table.to(device, copy=True) for _ in range(2))
         self._seeds = torch.zeros(queries, dtype=torch.int64, device=device)
         self._weights = torch.zeros(queries, dtype=torch.float32, device=device)
@@ -167,6 +168,13 @@ class ZeroOrder:
     def find(self, model: nn.Module, handle: Perturbation) -> Sequence[Trainable]:
         """The parameters that this method moves, set up so that `perturbed` (through `handle`) moves them."""
         raise NotImplementedError
+
+    def radii(self) -> Tensor:
+        """Signed radius of every seed in every row group, float32 [G, S] on the CPU.
+
+        A method may put groups of its own before those of the estimator; its `_evaluate` then drops their losses.
+        """
+        return estimators.group_sigmas(self.sides, self.queries, self.sigma)
 
     def refresh(self) -> None:
         """Bring what changes from step to step (a basis, say) to step `iteration`; steps and replay both call it."""

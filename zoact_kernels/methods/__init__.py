@@ -8,6 +8,7 @@
     lozo, lozo-m   U V^T, V renewed now and then, SGD or momentum in the factor         arXiv 2410.07698
     qzo      the scales of a low-bit model, clipped differences                          arXiv 2505.13430
     subzero  U Z V^T, U and V orthonormal and renewed now and then, SGD                 arXiv 2410.08989
+    agzo     Z A^T, A of the inputs of each step's own clean forward, SGD               arXiv 2601.17261
 
 Defaults are the published ones where there are any; they stand in the signature of `__init__`, the rest is ZeroOrder's.
 """
@@ -20,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from ..zeroth_order import MODES, RECENT, Evaluation, LoggedStep, StepResult, ZeroOrder
-from .activation import ZOAct, ZOActOneSided
+from .activation import AGZO, ZOAct, ZOActOneSided
 from .dense import FZOO, MeZO, SparseMeZO, ZOAdam, ZOMomentum, ZOSign, ZOSparse
 from .low_rank import LOZO, LOZOM, SubZero
 from .scales import QZO
@@ -54,6 +55,7 @@ METHODS: dict[str, type[ZeroOrder]] = {
         LOZOM,
         SubZero,
         QZO,
+        AGZO,
     )
 }
 

@@ -6,6 +6,7 @@
     Scales         the scales of a low-bit weight       (q - zero) (scale + sum_s sigmas[g, s] Z_s)
     LowRank        a matrix, V renewed now and then     W + (C + sum_s sigmas[g, s] Z_s) V^T
     Core           a matrix, U and V renewed            W + c U (S + sum_s sigmas[g, s] Z_s) V^T
+    AlongInputs    a matrix, A of each step's inputs    W + sum_s sigmas[g, s] Z_s A^T, Z [N, R]; value is W, or C of A
 
 A rule (optim) moves `value` along the same Z: probe and update address the noise by (seed, param_id, row, column), and
 both take it from one of these objects.
@@ -15,10 +16,12 @@ from __future__ import annotations
 
 from .base import Trainable, untied_layers
 from .factors import Coefficients, Core, LowRank, coefficients, low_rank
+from .inputs import AlongInputs
 from .scale import Scales, scales
 from .weight import Weight, weights
 
 __all__ = [
+    "AlongInputs",
     "Coefficients",
     "Core",
     "LowRank",

@@ -1,21 +1,23 @@
 """What the layers of a model are fed: their inputs without padding, and which of them are fed by the same tensor.
 
-Forward pre-hooks on the swapped layers; each input is handed over as rows [n, K] float32 while the forward runs, and
-nothing is kept here. Sharing is found by the identity of the input tensor, not by the names of layers.
+Forward pre-hooks on the layers; each input is handed over as rows [n, K] float32 while the forward runs, and nothing is
+kept here. Sharing is found by the identity of the input tensor, not by the names of layers. `Forwards` runs a model for
+its inputs alone; `CleanInputs` reads them off the clean row group of a step's own forward.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .layers import ZOLinear
+from .layers import Perturbation, ZOLinear
 
 Batch = Mapping[str, Any] | Callable[[], Any]
 Progress = Callable[[int, int, str], None]
@@ -200,3 +202,103 @@ def _rows(name: str, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     first = mask & (mask.cumsum(dim=1) == 1)
     keep = mask.flatten()
     return flat[keep].float(), first.flatten()[keep]
+
+
+class Layer(NamedTuple):
+    """Who reads an input. give: takes what was made of it."""
+
+    name: str
+    give: Callable[[Tensor], None]
+
+
+class CleanInputs:
+    """In a `with` block: what the clean row group feeds each layer is shown right before the layer uses it.
+
+    make(leader, rows, number) -> tensor: called once for all layers that are fed by the same tensor, with the name of
+        the first, that group's rows [n, K] float32, zeros where a token is padding, and the number of each row's token
+        among the unpadded ones, int64 [n] (None: nothing is padding). Its result is given to each of these layers.
+
+    Group 0 of a forward is the clean one; where groups run one by one that is the first, and the caller sets `clean` to
+    False after it. A layer that is called again (a head that gets its rows in chunks) keeps what its first call gave.
+    Raises ValueError, with the name of the layer, where rows are regrouped or there are none; RuntimeError where the
+    first group that calls a layer is not the clean one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[nn.Module, Layer],
+        perturbation: Perturbation,
+        make: Callable[[str, Tensor, Tensor | None], Tensor],
+    ) -> None:
+        self.model, self.layers, self.perturbation, self.make = model, layers, perturbation, make
+        self.clean = True
+        self.seen: set[str] = set()  # names of the layers that were given something
+        self.identity, self.made = Identity(), dict[int, Tensor]()
+        self.given: Tensor | None = None  # the attention_mask of the forward that runs
+        self.tokens: tuple[Tensor, Tensor] | None = None  # of the clean group: real [B, T], number [B T]
+        self.signature = inspect.signature(model.forward)
+
+    def __enter__(self) -> CleanInputs:
+        self.hooks = [self.model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        self.hooks += [layer.register_forward_pre_hook(self._see, with_kwargs=True) for layer in self.layers]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = {**self.signature.bind_partial(*args, **kwargs).arguments, **kwargs}
+        self.given = named.get("attention_mask")
+        self.tokens = None
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name, give = self.layers[module]
+        if name in self.seen:
+            return
+        if not self.clean:
+            raise RuntimeError(f"layer {name!r} is called by a perturbed row group, but was not by the clean one")
+        if len(args) + len(kwargs) > 1:
+            raise ValueError(f"layer {name!r} is told the row group of its rows; its clean rows can't be found")
+        x = args[0] if args else next(iter(kwargs.values()))
+        self.perturbation.sigmas_of(name, x)  # raises where rows are regrouped
+        number = self.identity(x)
+        if number not in self.made:
+            self.made[number] = self.make(name, *self._clean_rows(name, x))
+        give(self.made[number])
+        self.seen.add(name)
+
+    def _clean_rows(self, name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        groups = self.perturbation.groups
+        x = x.detach()[: x.shape[0] // groups]
+        if x.numel() == 0:
+            raise ValueError(f"layer {name!r} was given no rows, so nothing can be made of its inputs")
+        rows, leading = x.reshape(-1, x.shape[-1]).float(), tuple(x.shape[:-1])
+        if self.given is None:
+            return rows, None
+        if self.tokens is None:
+            self.tokens = _tokens(self.given, groups)
+        real, number = self.tokens
+        if leading in (tuple(real.shape), (real.numel(),)):
+            return torch.where(real.view(-1, 1), rows, torch.zeros_like(rows)), number
+        if leading[0] == 1 or leading == real.shape[:1]:  # a head's label rows [groups, n, K]; pooled sequences
+            return rows, None
+        raise ValueError(
+            f"input of layer {name!r} has shape {tuple(x.shape)} in the clean group, whose attention_mask is "
+            f"{tuple(real.shape)}: the model regroups tokens here; leave the layer out of the swap"
+        )
+
+
+def _tokens(mask: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Of the first of `groups` copies in an attention_mask [G B, T]: real bool [B, T], number int64 [B T]."""
+    if mask.dim() != 2 or len(mask) % groups:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; the clean one of {groups} row groups needs "
+            f"({groups} * batch, tokens)"
+        )
+    real = mask[: len(mask) // groups].bool()
+    capturing = real.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not capturing and not bool(real.any()):  # would wait for the device
+        raise ValueError("the clean row group has no unpadded token, so nothing can be made of its inputs")
+    return real, (real.flatten().cumsum(0) - 1).clamp_min(0)

@@ -20,7 +20,7 @@ through the rounding of the forward itself. The largest entry of each column is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -272,6 +272,30 @@ class _Energy:
         return energy, without
 
 
+def power_basis(h: Tensor, start: Tensor, iterations: int) -> Tensor:
+    """A [K, R] from H [n, K] and start [n, R], all fp32: Q = qr(H^T start), `iterations` times Q = qr(H^T (H Q)).
+
+    Of the QRs that whose R has a positive diagonal, which makes Q unique. A is nearly the top-R right singular vectors
+    where the R-th singular value stands out, and orthonormal to fp32. R = 1 is a handful of matrix-vector products.
+    Zeros where H is zero or not finite: what is multiplied by A stays finite.
+    """
+    q = _orthonormal(h.T @ start)
+    for _ in range(iterations):
+        q = _orthonormal(h.T @ (h @ q))
+    return q
+
+
+def _orthonormal(q: Tensor) -> Tensor:
+    fine = torch.isfinite(q).all() & q.any()
+    safe = torch.where(fine, q, torch.ones_like(q))
+    if q.shape[1] == 1:
+        unit = safe / torch.linalg.vector_norm(safe)
+    else:
+        unit, r = torch.linalg.qr(safe)
+        unit = unit * torch.where(r.diagonal() < 0, -1.0, 1.0)
+    return torch.where(fine, unit, torch.zeros_like(unit))
+
+
 def recompress(basis: Tensor, coeff: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """The best delta C A^T of rank `rank` to one of a larger rank: (A [K, rank] orthonormal, C [N, rank], error).
 
@@ -287,3 +311,9 @@ def recompress(basis: Tensor, coeff: Tensor, rank: int) -> tuple[Tensor, Tensor,
     new_coeff[:, :kept] = q_c @ (u[:, :kept] * s[:kept])
     whole = float(s.square().sum().sqrt())
     return new_basis, new_coeff, float(s[kept:].square().sum().sqrt()) / whole if whole else 0.0
+
+
+def recompression_note(errors: Sequence[float], rank: int) -> str:
+    """What a step has to tell of re-compressions with these errors; nothing where they lost no more than rounding."""
+    worst = max(errors, default=0.0)
+    return f"deltas re-compressed to rank {rank}, relative error up to {worst:.1e}" if worst > 1e-9 else ""

@@ -46,8 +46,9 @@ class SGD:
     coeffs: {name: C [N, R]}, contiguous, all on one device; they are updated in place. float32; a rule without moments
         takes bfloat16 and float16 as well, without weight decay, and rounds them stochastically: to nearest, a step
         below half an ulp would be lost every time.
-    gains: {name: factor on g}, where it is not 1. masks: {name: what of it may move}; such a one takes a rule without
-        moments and no weight decay either. undecayed: names that weight decay leaves alone.
+    gains: {name: factor on g}, where it is not 1. masks: {name: what of it may move}. along: {name: A [C, R]}, of a
+        [N, C] that moves along Z A^T, Z [N, R], instead of Z. Both take a rule without moments and no weight decay.
+        undecayed: names that weight decay leaves alone.
     param_ids: int64 [L], in the order of `coeffs`: the noise of each layer.
     """
 
@@ -66,12 +67,15 @@ class SGD:
         gains: Mapping[str, float] | None = None,
         masks: Mapping[str, Mask] | None = None,
         undecayed: Collection[str] = (),
+        along: Mapping[str, Tensor] | None = None,
     ) -> None:
+        self.along = dict(along or {})
         self.masks = {name: mask for name, mask in (masks or {}).items() if mask.kind != "none"}
         _check(coeffs, param_ids, betas, eps, weight_decay, self.moments == 0)
-        if self.masks and (self.moments or weight_decay):
+        if (self.masks or self.along) and (self.moments or weight_decay):
+            what = "masks" if self.masks else "directions along a basis"
             raise ValueError(
-                f"rule {self.rule} with weight_decay {weight_decay} takes no masks; sgd and sign without do"
+                f"rule {self.rule} with weight_decay {weight_decay} takes no {what}; sgd and sign without do"
             )
         self.coeffs = dict(coeffs)
         self.betas, self.eps, self.weight_decay, self.noise = betas, eps, weight_decay, noise
@@ -80,7 +84,9 @@ class SGD:
         # One launch for those that it takes, two if some of them decay and some don't; the others one by one.
         names = list(self.coeffs)
         self._single = [
-            i for i, (name, c) in enumerate(self.coeffs.items()) if name in self.masks or c.dtype != torch.float32
+            i
+            for i, (name, c) in enumerate(self.coeffs.items())
+            if name in self.masks or name in self.along or c.dtype != torch.float32
         ]
         fused = [i for i in range(len(names)) if i not in self._single]
         bare = [i for i in fused if weight_decay and names[i] in undecayed]
@@ -146,8 +152,8 @@ class SGD:
             name, value = items[i]
             own, mask = moves[i] if moves.dim() == 2 else moves, self.masks.get(name, Mask())
             torch.ops.zoact.zo_perturb_(
-                value, seeds, own, self.param_ids[i : i + 1], None, None, mask.value, mask.seed, seeds[:1], self.noise,
-                mask.kind,
+                value, seeds, own, self.param_ids[i : i + 1], self.along.get(name), None, mask.value, mask.seed,
+                seeds[:1], self.noise, mask.kind,
             )  # fmt: skip
 
     def finish(self) -> None:

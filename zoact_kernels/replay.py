@@ -9,6 +9,7 @@ from torch import nn
 
 from .formats import FORMATS, PackedWeight, expected_shapes
 from .layers import Perturbation, ZOLinear
+from .methods import METHODS
 from .runlog import RunError, RunLog
 from .trainables import Prefix
 from .trainer import Recipe, coeff_hash, load_state
@@ -85,13 +86,19 @@ class Replay:
 def replay(log: RunLog) -> Replay:
     """Rebuild C from the first snapshot and the logged steps, compared with every other snapshot on the way.
 
-    Raises RunError: the first snapshot is not there or can't be read.
+    Raises RunError: the first snapshot is not there or can't be read, or the method of the run is not `replayable`.
     """
+    recipe = Recipe(**log.meta["recipe"])
+    if not METHODS[recipe.method].replayable:
+        raise RunError(
+            f"{log.directory} is a run of {recipe.method}, whose steps need more than the seeds and weights of the "
+            "log: they take the model and its data, with which `zoact finetune --resume` evaluates them again"
+        )
     snapshots = {row.step: row for row in log.snapshots()}
     if 0 not in snapshots:
         raise RunError(f"{log.directory} has no snapshot of its beginning, so there is nothing to replay from")
     model = skeleton(log)
-    optimizer = load_state(model, log, Recipe(**log.meta["recipe"]), log.load(snapshots[0]))
+    optimizer = load_state(model, log, recipe, log.load(snapshots[0]))
     checked = [(0, coeff_hash(optimizer) == snapshots[0].coeff_hash)]
     for row in log.steps():
         optimizer.replay([row])

@@ -5,9 +5,10 @@
     RUN_DIR/lock            held by the process that writes; the system frees it however that process ends
 
 A step is done when its row is committed: seeds and weights are all that an update needs (C <- rule(C, sum weights Z)),
-so newest snapshot + the rows after it is the state, whenever the process was killed. A snapshot is written to a
-temporary name, synced, moved, and only then recorded; a file without a record is debris and is swept at the next open.
-Losses and weights are BLOBs because NaN must survive (SQLite turns a NaN into NULL).
+so newest snapshot + the rows after it is the state, whenever the process was killed; a method that needs more of a step
+than that has the rows evaluated again, and their losses compared. A snapshot is written to a temporary name, synced,
+moved, and only then recorded; a file without a record is debris and is swept at the next open. Losses and weights are
+BLOBs because NaN must survive (SQLite turns a NaN into NULL).
 
 Steps are counted from 0; "after n steps" in snapshots and evaluations means rows 0 .. n-1 are done.
 """

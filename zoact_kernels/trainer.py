@@ -178,7 +178,7 @@ def train(
                 watch.said(f"not bit-exact: {key} was {was} when the run began and is {backend[key]} now")
         stack.enter_context(using(backend["implementation"], backend["isa"], op="zo_linear"))
         if log:
-            optimizer = restore(model, log, recipe, watch)
+            optimizer = restore(model, log, recipe, watch, batch_at)
         else:
             optimizer, meta = _begin(model, recipe, batch_at, watch)
             _check_room(directory, optimizer, recipe)
@@ -233,9 +233,7 @@ class _Run:
     def _step(self) -> tuple[StepRow, StepResult]:
         start = time.perf_counter()
         optimizer, batch = self.optimizer, self.batch_at(self.log.done).to(self.optimizer.device)
-        parts = batch.split(self.recipe.micro_batch) if self.recipe.micro_batch else [batch]
-        evaluations = [functools.partial(group_losses, self.model, part) for part in parts]
-        result = optimizer.step_on(evaluations, tuple(sorted({size for part in parts for size in part.leading})))
+        result = take_step(optimizer, self.recipe, batch)
         seconds = time.perf_counter() - start
         tokens = batch.tokens * len(result.losses)
         row = StepRow(
@@ -277,6 +275,13 @@ class _Run:
 
 class _Stopped(Exception):
     pass
+
+
+def take_step(optimizer: ZeroOrder, recipe: Recipe, batch: Batch) -> StepResult:
+    """One step on a batch that is on the optimizer's device, in the micro-batches of the recipe."""
+    parts = batch.split(recipe.micro_batch) if recipe.micro_batch else [batch]
+    evaluations = [functools.partial(group_losses, optimizer.model, part) for part in parts]
+    return optimizer.step_on(evaluations, tuple(sorted({size for part in parts for size in part.leading})))
 
 
 @contextlib.contextmanager
@@ -422,10 +427,14 @@ def _snapshot(log: RunLog, optimizer: ZeroOrder) -> None:
         log.add_snapshot(optimizer.state_dict(), coeff_hash(optimizer))
 
 
-def restore(model: nn.Module, log: RunLog, recipe: Recipe, watch: Watch) -> ZeroOrder:
+def restore(
+    model: nn.Module, log: RunLog, recipe: Recipe, watch: Watch, batch_at: Callable[[int], Batch] | None = None
+) -> ZeroOrder:
     """The optimizer as it stood after the last logged step: the newest whole snapshot, and the rows after it.
 
-    Raises RunError: no snapshot can be read; ValueError: the model's layers are not those of the run.
+    Those are replayed, or where the method is not `replayable` evaluated again, which takes the model and `batch_at`.
+    Raises RunError: no snapshot can be read, or steps would have to be evaluated and there is no `batch_at`;
+    ValueError: the model's layers are not those of the run.
     """
     for snapshot in reversed(log.snapshots()):
         try:
@@ -434,11 +443,40 @@ def restore(model: nn.Module, log: RunLog, recipe: Recipe, watch: Watch) -> Zero
             watch.said(f"{error}; going back to an older snapshot")
             continue
         optimizer = load_state(model, log, recipe, state)
-        for row in log.steps(after=optimizer.iteration):
-            optimizer.replay([row])
-            optimizer.floor = row.floor
+        left = log.done - optimizer.iteration
+        if optimizer.replayable:
+            for row in log.steps(after=optimizer.iteration):
+                optimizer.replay([row])
+                optimizer.floor = row.floor
+        elif left and batch_at is None:
+            raise RunError(
+                f"{log.directory} ended {left} steps after its newest snapshot, and {recipe.method} can't be replayed "
+                "without the model; continue the run with --resume first"
+            )
+        elif left and batch_at is not None:
+            watch.said(f"evaluating the last {left} steps again: {recipe.method} can't be replayed from the log")
+            _evaluate_again(optimizer, log, recipe, watch, batch_at)
         return optimizer
     raise RunError(f"no snapshot of {log.directory} can be read, so the run can't be continued")
+
+
+def _evaluate_again(
+    optimizer: ZeroOrder, log: RunLog, recipe: Recipe, watch: Watch, batch_at: Callable[[int], Batch]
+) -> None:
+    """Take the logged steps after `iteration` once more; says at which one the losses or weights are others first."""
+    every, optimizer.floor_every = optimizer.floor_every, 0  # that evaluation trains nothing; its result is in the log
+    same = True
+    for row in log.steps(after=optimizer.iteration):
+        result = take_step(optimizer, recipe, batch_at(row.step).to(optimizer.device))
+        optimizer.floor = row.floor
+        if same and hash_tensors(_seen(row)) != hash_tensors(_seen(result)):  # of bits, so that NaN equals NaN
+            same = False
+            watch.said(f"not bit-exact: step {row.step} gives other losses now than those of the log")
+    optimizer.floor_every = every
+
+
+def _seen(step: StepRow | StepResult) -> dict[str, Tensor]:
+    return {"seeds": step.seeds, "losses": step.losses, "weights": step.weights}
 
 
 def load_state(model: nn.Module, log: RunLog, recipe: Recipe, state: Mapping[str, Tensor]) -> ZeroOrder:

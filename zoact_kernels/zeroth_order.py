@@ -113,8 +113,8 @@ class ZeroOrder:
     name = ""
     paper = ""
     summary = ""  # one line
-    replayable = True  # from (seeds, weights, lr) of each step, without the model
-    basis = "none"  # when A is computed: "none", "activations" (once, from the first batches) or "random"
+    replayable = True  # from (seeds, weights, lr) of each step, without the model; False: evaluated again at resume
+    basis = "none"  # what A is made of: "activations" (of the first batches, once), "inputs" (of each step), "random"
     dense = False  # whether it trains the weights themselves
     known_sides: tuple[str, ...] = estimators.SIDES
 
@@ -172,8 +172,8 @@ class ZeroOrder:
         self._warned = False
 
         device = self.device
-        self.groups = estimators.group_count(sides, queries)
-        self._table = estimators.group_sigmas(sides, queries, sigma)
+        self._table = self.radii()
+        self.groups = len(self._table)
         self._radii = Radii.of(self._table, device)
         self._seeds = torch.zeros(queries, dtype=torch.int64, device=device)
         self._weights = torch.zeros(queries, dtype=torch.float32, device=device)
@@ -181,6 +181,13 @@ class ZeroOrder:
     def find(self, model: nn.Module, handle: Perturbation) -> Sequence[Trainable]:
         """The parameters that this method moves, set up so that `perturbed` (through `handle`) moves them."""
         raise NotImplementedError
+
+    def radii(self) -> Tensor:
+        """Signed radius of every seed in every row group, float32 [G, S] on the CPU.
+
+        A method may put groups of its own before those of the estimator; its `_evaluate` then drops their losses.
+        """
+        return estimators.group_sigmas(self.sides, self.queries, self.sigma)
 
     def refresh(self) -> None:
         """Bring what changes from step to step (a basis, say) to step `iteration`; steps and replay both call it."""
@@ -214,6 +221,8 @@ class ZeroOrder:
             torch.cat([t.param_id for t in self.trainables.values()]),
             gains={name: t.gain for name, t in self.trainables.items()},
             masks={name: t.mask for name, t in self.trainables.items()},
+            along={name: t.along for name, t in self.trainables.items() if t.along is not None},
+            undecayed=[name for name, t in self.trainables.items() if not t.decays],
             **arguments,
         )
 
@@ -275,8 +284,11 @@ class ZeroOrder:
     def replay(self, rows: Iterable[LoggedStep]) -> None:
         """Apply logged steps without evaluating the model; values and moments become those of the logged run.
 
-        rows: consecutive steps from `iteration` on. Raises ValueError where one is missing or does not fit.
+        rows: consecutive steps from `iteration` on. Raises ValueError where one is missing or does not fit, and for a
+        method that is not `replayable`.
         """
+        if not self.replayable:
+            raise ValueError(f"{self.name} can't be replayed: its steps need the model, not only seeds and weights")
         for row in rows:
             if row.step != self.iteration:
                 raise ValueError(f"the log goes on with step {row.step}; step {self.iteration} is next")

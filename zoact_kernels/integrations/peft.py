@@ -45,13 +45,20 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 
 
 def lora_factors(layer: ZOLinear) -> tuple[Tensor, Tensor] | None:
-    """(A' [K, R'], C' [N, R']) of a layer's whole learned delta C' A'^T, fp32 on the CPU; None if it has none."""
+    """(A' [K, R'], C' [N, R']) of a layer's whole learned delta C' A'^T, fp32 on the CPU; None if it has none.
+
+    Of a delta learned earlier the columns that are used, one at least.
+    """
     pairs: Any = [(layer.base_basis, layer.base_coeff), (layer.basis, layer.coeff)]
     pairs = [(basis, coeff) for basis, coeff in pairs if basis is not None and coeff is not None]
     if not pairs:
         return None
-    bases, coeffs = zip(*pairs, strict=True)
-    return torch.cat(bases, 1).float().cpu(), torch.cat([coeff.detach() for coeff in coeffs], 1).float().cpu()
+    bases, coeffs = (torch.cat([tensor.detach() for tensor in each], 1) for each in zip(*pairs, strict=True))
+    if layer.base_coeff is not None:  # a delta has columns to spare
+        used = coeffs.any(0)
+        used[0] |= ~used.any()
+        bases, coeffs = bases[:, used], coeffs[:, used]
+    return bases.float().cpu(), coeffs.float().cpu()
 
 
 def export_lora(model: nn.Module, directory: str | os.PathLike[str], base_model_name: str | None = None) -> Path:

@@ -10,6 +10,7 @@
     subzero  U Z V^T, U and V orthonormal and renewed now and then, SGD                 arXiv 2410.08989
     mezo-lora, mezo-prefix   both factors of a LoRA; keys and values of a prefix        arXiv 2305.17333
     p-rge    B of a LoRA whose A is random and fixed, several queries in one forward    arXiv 2409.15520
+    agzo     Z A^T, A of the inputs of each step's own clean forward, SGD               arXiv 2601.17261
 
 Defaults are the published ones where there are any; they stand in the signature of `__init__`, the rest is ZeroOrder's.
 """
@@ -22,7 +23,7 @@ from typing import Any
 from torch import nn
 
 from ..zeroth_order import MODES, RECENT, Evaluation, LoggedStep, StepResult, ZeroOrder
-from .activation import ZOAct, ZOActOneSided
+from .activation import AGZO, ZOAct, ZOActOneSided
 from .dense import FZOO, MeZO, SparseMeZO, ZOAdam, ZOMomentum, ZOSign, ZOSparse
 from .lora import PRGE, MeZOLoRA, MeZOPrefix
 from .low_rank import LOZO, LOZOM, SubZero
@@ -60,6 +61,7 @@ METHODS: dict[str, type[ZeroOrder]] = {
         MeZOLoRA,
         MeZOPrefix,
         PRGE,
+        AGZO,
     )
 }
 

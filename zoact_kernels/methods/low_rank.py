@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import rng
+from ..basis import recompression_note
 from ..layers import Perturbation
 from ..trainables import Core, LowRank, Trainable, low_rank
 from ..zeroth_order import ZeroOrder
@@ -57,8 +58,7 @@ class _Renewed(ZeroOrder):
                 if name in self.rule.exp_avgs:  # LOZO-M: S <- S (V_old^T V_new) / K
                     self.rule.exp_avgs[name].copy_(self.rule.exp_avgs[name] @ turn)
         self._epoch.fill_(epoch)
-        if max(errors, default=0.0) > 1e-9:  # more than rounding in float64
-            self.note = f"deltas re-compressed to rank {self.delta_rank}, relative error up to {max(errors):.1e}"
+        self.note = recompression_note(errors, self.delta_rank)
 
     def own_state(self) -> dict[str, Tensor]:
         return {"epoch": self._epoch}

@@ -9,6 +9,7 @@
     LoraB          B [N, R] of a LoRA                   D(W) + c (B + sum_s sigmas[g, s] Z_s) A^T
     LoraA          A [K, R] of a LoRA, beside its B     D(W) + c (B + sum ... Z_s) (A + sum_s sigmas[g, s] Z_As)^T
     PrefixTensor   keys or values before a sequence     K + sum_s sigmas[g, s] Z_s
+    AlongInputs    a matrix, A of each step's inputs    W + sum_s sigmas[g, s] Z_s A^T, Z [N, R]; value is W, or C of A
 
 A rule (optim) moves `value` along the same Z: probe and update address the noise by (seed, param_id, row, column), and
 both take it from one of these objects.
@@ -20,10 +21,12 @@ from .base import Trainable, untied_layers
 from .factors import Coefficients, Core, LowRank, coefficients, low_rank
 from .lora import LoraA, LoraB, loras, set_aside
 from .prefix import Prefix, PrefixTensor, prefix_of, prefixes
+from .inputs import AlongInputs
 from .scale import Scales, scales
 from .weight import Weight, weights
 
 __all__ = [
+    "AlongInputs",
     "Coefficients",
     "Core",
     "LoraA",

@@ -16,6 +16,7 @@ class Trainable:
 
     param_id: int64 [1], of the noise. gain: what a method's direction multiplies the estimate along Z by.
     basis: A [K, R] where there is one, which several trainables may share.
+    along: B [cols, R] where value moves along Z B^T, Z [rows, R], and not along Z; filled in place before each update.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Trainable:
     decays = True  # whether weight decay, if any, is for it too
     mask = Mask()
     basis: Tensor | None = None
+    along: Tensor | None = None
     basis_shape: tuple[int, int] | None = None
 
     def check(self) -> None:

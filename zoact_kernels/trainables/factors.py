@@ -71,7 +71,10 @@ class LowRank(Trainable):
     one launch, moments are of C's size, and what a step adds is never rounded to 16 bits on its own.
 
     weight: W [N, K], which is written, or None where it is frozen. sites: the modules that have W, or one ZOLinear.
+    owners: which unswapped modules have matrices of this kind.
     """
+
+    owners: tuple[type[Perturbed], ...] = (ZODense, ZOEmbedding)
 
     def __init__(
         self, name: str, parameter: str, param_id: Tensor, coeff: Tensor, basis: Tensor, weight: Tensor | None,
@@ -276,12 +279,12 @@ def add_low_rank(w: Tensor, coeff: Tensor, basis: Tensor, param_id: Tensor, seed
 def low_rank(
     model: nn.Module, handle: Perturbation, rank: int, delta_rank: int, kind: type[LowRank] = LowRank
 ) -> list[Trainable]:
-    """Every matrix of a linear or a table as a `kind`, every other parameter itself; packed tables stay as they are."""
+    """Every matrix that is a `kind` as one, every other parameter itself; packed tables stay as they are."""
     layers = [kind.of_layer(name, layer, rank, delta_rank) for name, layer in untied_layers(model).items()]
     others = weights(model, handle, swapped=False)
     found: list[Trainable] = [*layers]
     for w in others:
-        matrix = w.key == "weight" and all(isinstance(owner, ZODense | ZOEmbedding) for owner, _ in w.sites)
+        matrix = w.key == "weight" and all(isinstance(owner, kind.owners) for owner, _ in w.sites)
         found.append(kind.of_weight(w, rank) if matrix else w)
     order = {rng.strip_prefixes(name): i for i, (name, _) in enumerate(model.named_modules())}
     return sorted(found, key=lambda t: order[t.parameter.rpartition(".")[0]])  # a replay finds them in this order

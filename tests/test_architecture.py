@@ -21,6 +21,7 @@ ROOMS = """
     autograd ops layers
     parameters embedding integrations.bitsandbytes swap activations basis estimators optim trainables zeroth_order
     methods losses step_graph memory backend runlog plots trainer replay distributed data demo integrations finetune
+    learning
     study cli __main__
 """.split()
 

@@ -74,7 +74,8 @@ class SGD:
         self._fused_ids = param_ids[fused] if self._single else param_ids
         self._fused_rows = torch.tensor(fused, device=device)
         factors = [(gains or {}).get(name, 1.0) for name in self.coeffs]
-        self._gains = torch.tensor(factors, device=device)[:, None] if any(f != 1 for f in factors) else None
+        # [L, 1]; a method may put a tensor of its own here, which it fills before each step
+        self.gains = torch.tensor(factors, device=device)[:, None] if any(f != 1 for f in factors) else None
         self.t = 0
         self.hyper = torch.zeros(7, dtype=torch.float32, device=device)
         self.skip = torch.zeros(1, dtype=torch.bool, device=device)
@@ -109,8 +110,8 @@ class SGD:
     def launch(self, seeds: Tensor, weights: Tensor) -> None:
         """The step itself, or nothing where `skip` is set: device work only, so a CUDA graph can hold it."""
         weights = self.weights(weights)
-        if self._gains is not None:
-            weights = self._gains * weights
+        if self.gains is not None:
+            weights = self.gains * weights
         torch.ops.zoact.zo_update_(
             self._fused,
             list(self.exp_avgs.values()),

@@ -69,6 +69,8 @@ class LoggedStep(Protocol):
     @property
     def seeds(self) -> Tensor: ...
     @property
+    def losses(self) -> Tensor: ...
+    @property
     def weights(self) -> Tensor: ...
     @property
     def lr(self) -> float: ...
@@ -97,7 +99,7 @@ class ZeroOrder:
     name = ""
     paper = ""
     summary = ""  # one line
-    replayable = True  # from (seeds, weights, lr) of each step, without the model
+    replayable = True  # from the logged numbers of each step, without the model
     basis = "none"  # when A is computed: "none", "activations" (once, from the first batches) or "random"
     dense = False  # whether it trains the weights themselves
 
@@ -170,6 +172,9 @@ class ZeroOrder:
 
     def refresh(self) -> None:
         """Bring what changes from step to step (a basis, say) to step `iteration`; steps and replay both call it."""
+
+    def observe(self, losses: Tensor) -> None:
+        """Take note of the losses [G, B] of a step that was not skipped; steps and replay both call it, at the end."""
 
     def own_state(self) -> dict[str, Tensor]:
         """What a method's own state is, besides that of its trainables: the tensors themselves, by name."""
@@ -249,6 +254,8 @@ class ZeroOrder:
             self._weights.copy_(row.weights)
             self.rule.update(self._seeds, self._weights, lr=row.lr, skipped=row.skipped)
             self._settle()
+            if not row.skipped:
+                self.observe(row.losses)
             self.iteration += 1
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -357,6 +364,8 @@ class ZeroOrder:
         weights = self._weights.to("cpu", copy=True)
         reason = self._reason(losses, weights) if bool(self.rule.skip) else ""
         self.rule.finish()
+        if not reason:
+            self.observe(losses)
         self.iteration += 1
         note, self.note = self.note, ""
         return StepResult(

@@ -1,4 +1,4 @@
-"""`zoact`: finetune, replay, explain, export, tune, bench, demo. Thin: options in, text out; all else is elsewhere.
+"""`zoact`: finetune, replay, explain, export ..., one function each. Thin: options in, text out; all else is elsewhere.
 
 Errors that a user can mend are one line and exit code 2; `--debug` anywhere shows the traceback.
 """
@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from .hardware import bench, explain, tune
+from .learning import learn_perturbations
 from .runs import demo, export, finetune, methods, replay
 from .terminal import Display, console
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune low-bit language models by forward passes only. --debug shows tracebacks.",
 )
-for command in (finetune, replay, export, methods, explain, tune, bench, demo):
+for command in (finetune, replay, export, methods, explain, tune, bench, demo, learn_perturbations):
     app.command()(command)
 
 

@@ -7,6 +7,7 @@
     zo-sign, zo-momentum, zo-adam   MeZO with another rule                              arXiv 2402.11592
     lozo, lozo-m   U V^T, V renewed now and then, SGD or momentum in the factor         arXiv 2410.07698
     qzo      the scales of a low-bit model, clipped differences                          arXiv 2505.13430
+    zo-finetuner   MeZO, the noise of each tensor scaled by a learned net               arXiv 2510.00419
     subzero  U Z V^T, U and V orthonormal and renewed now and then, SGD                 arXiv 2410.08989
 
 Defaults are the published ones where there are any; they stand in the signature of `__init__`, the rest is ZeroOrder's.
@@ -22,6 +23,7 @@ from torch import nn
 from ..zeroth_order import MODES, RECENT, Evaluation, LoggedStep, StepResult, ZeroOrder
 from .activation import ZOAct, ZOActOneSided
 from .dense import FZOO, MeZO, SparseMeZO, ZOAdam, ZOMomentum, ZOSign, ZOSparse
+from .learned import ZOFinetuner
 from .low_rank import LOZO, LOZOM, SubZero
 from .scales import QZO
 
@@ -50,6 +52,7 @@ METHODS: dict[str, type[ZeroOrder]] = {
         ZOSign,
         ZOMomentum,
         ZOAdam,
+        ZOFinetuner,
         LOZO,
         LOZOM,
         SubZero,

@@ -120,31 +120,37 @@ def begin(optimizer: ZOFinetuner, weights: list[Weight], pretrained: list[Tensor
 
 
 def teach(optimizer: ZOFinetuner, batch: Batch, course: Course) -> float:
-    """One step of the nets on `batch`; the loss at theta'. NaN, nothing changed, where a loss is not finite."""
-    model, nets = optimizer.model, optimizer.nets
+    """One step of the nets on `batch`; the loss at theta'. NaN, nothing changed, if not finite."""
     optimizer._prepare()
-    with evaluating(model):
-        losses = optimizer._evaluate([functools.partial(group_losses, model, batch)], 1.0, batch.leading)
-    d = estimators.weights(losses.cpu(), optimizer.sides, optimizer.queries, optimizer.sigma)
-    tensors = {key: tensor.requires_grad_() for key, tensor in nets.tensors.items()}
-    try:
-        s = nets(optimizer.inputs())
-        reach = (-course.reach * d).float()[None].to(s.device)  # [1, S]
-        with (
-            optimizer.sized(optimizer.normaliser(s.detach()) * s),
-            perturbed(model, optimizer._seeds, reach, optimizer.noise, batch.leading),
-        ):
-            ahead = group_losses(model, batch, grad=True).mean()
-        grads = torch.autograd.grad(ahead, list(tensors.values()))
-    finally:
-        for tensor in tensors.values():
-            tensor.requires_grad_(False)
-    if not all(bool(torch.isfinite(t).all()) for t in (d, ahead.detach(), *grads)):
+    with evaluating(optimizer.model):
+        losses = optimizer._evaluate([functools.partial(group_losses, optimizer.model, batch)], 1.0, batch.leading)
+    d = estimators.weights(losses, optimizer.sides, optimizer.queries, optimizer.sigma)
+    ahead, grads = look_ahead(optimizer, batch, (-course.reach * d).float())
+    if not all(bool(torch.isfinite(t).all()) for t in (d, ahead, *grads)):
         return math.nan
-    for tensor, grad in zip(tensors.values(), grads, strict=True):
+    for tensor, grad in zip(optimizer.nets.tensors.values(), grads, strict=True):
         tensor -= course.lr_nets * grad
     optimizer.observe(losses)
-    return float(ahead.detach())
+    return float(ahead)
+
+
+def look_ahead(optimizer: ZOFinetuner, batch: Batch, reach: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Mean loss at theta + sum_j reach[j] c s_b z_b(j) [], and its gradient to each of `nets.tensors`, c held fixed.
+
+    reach: fp32 [S], for the seeds of the step at hand.
+    """
+    model, tensors = optimizer.model, list(optimizer.nets.tensors.values())
+    for tensor in tensors:
+        tensor.requires_grad_()
+    try:
+        s = optimizer.nets(optimizer.seen)
+        scales = optimizer.normaliser(s.detach()) * s
+        with optimizer.sized(scales), perturbed(model, optimizer._seeds, reach[None], optimizer.noise, batch.leading):
+            loss = group_losses(model, batch, grad=True).mean()
+        return loss.detach(), torch.autograd.grad(loss, tensors)
+    finally:
+        for tensor in tensors:
+            tensor.requires_grad_(False)
 
 
 def descend(optimizer: ZOFinetuner, batch: Batch, sgd: torch.optim.SGD, clip: float) -> float:

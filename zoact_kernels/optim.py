@@ -72,7 +72,7 @@ class SGD:
         fused = [i for i in range(len(self.coeffs)) if i not in self._single]
         self._fused = [c for i, c in enumerate(self.coeffs.values()) if i in fused]
         self._fused_ids = param_ids[fused] if self._single else param_ids
-        self._fused_rows = torch.tensor(fused, device=device)
+        self._fused_rows = torch.tensor(fused, dtype=torch.int64, device=device)
         factors = [(gains or {}).get(name, 1.0) for name in self.coeffs]
         # [L, 1]; a method may put a tensor of its own here, which it fills before each step
         self.gains = torch.tensor(factors, device=device)[:, None] if any(f != 1 for f in factors) else None

@@ -25,7 +25,7 @@ from ..trainables import Weight
 from .dense import MeZO
 
 INPUTS, HIDDEN = 5, 64
-BLOCK = 1 << 14  # entries; torch sums fewer than 2^15 in an order that doesn't depend on threads
+RUNS, RUN = 32, 512  # torch sums less than 2^15 entries, or rows, in an order that doesn't depend on threads
 
 
 class PerturbNets:
@@ -132,7 +132,10 @@ class ZOFinetuner(MeZO):
             self.note = "no trained `nets` given: every tensor has the scale 1, as in MeZO"
 
     def find(self, model: nn.Module, handle: Perturbation) -> list[Weight]:
-        found = super().find(model, handle)
+        return self.prepare_scales(super().find(model, handle))
+
+    def prepare_scales(self, found: list[Weight]) -> list[Weight]:
+        """Give what is perturbed its scales, all 1."""
         device = found[0].value.device
         read = [self._entries(weight) for weight in found]
         self.sizes = torch.tensor(read, dtype=torch.float64, device=device) / 1e6  # n_b [L]
@@ -159,8 +162,8 @@ class ZOFinetuner(MeZO):
 
     @torch.no_grad()
     def inputs(self) -> Tensor:
-        """Of the nets, [L, 5]."""
-        weights = torch.stack([moments(t.value) for t in self.trainables.values()])
+        """What the nets look at, [L, 5]; `seen` is that of the step at hand."""
+        weights = moments([t.value for t in self.trainables.values()])
         return torch.cat([weights, self.losses.expand(len(weights), 2), self.previous[:, None]], dim=1)
 
     def normaliser(self, s: Tensor) -> Tensor:
@@ -170,7 +173,8 @@ class ZOFinetuner(MeZO):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        self.s.copy_(self.nets(self.inputs()))
+        self.seen = self.inputs()
+        self.s.copy_(self.nets(self.seen))
         self.scales.copy_(self.normaliser(self.s) * self.s)
 
     def observe(self, losses: Tensor) -> None:
@@ -206,16 +210,23 @@ def place(weights: Sequence[Weight], scales: Tensor) -> None:
                 setattr(owner, "sigma_scale" if key == "weight" else "bias_sigma_scale", scales[i : i + 1])
 
 
-def moments(w: Tensor) -> Tensor:
-    """Mean and variance (of a population) of all entries of `w`, fp32 [2]; the same bits for any number of threads.
+def moments(values: Sequence[Tensor]) -> Tensor:
+    """Mean and variance (of a population) of each tensor, fp32 [L, 2]; the same bits for any number of threads.
 
-    Rows of BLOCK entries in fp32, the rest and the sums of rows in fp64.
+    Sums of RUN entries in fp32, what is left over and all further sums in fp64.
     """
-    flat = w.detach().reshape(-1)
-    whole = flat.numel() // BLOCK * BLOCK
-    total, squares = torch.zeros(2, dtype=torch.float64, device=w.device)
-    for part, dtype in ((flat[:whole].view(-1, BLOCK), torch.float32), (flat[None, whole:], torch.float64)):
-        total = total + part.sum(1, dtype=dtype).double().sum()
-        squares = squares + torch.linalg.vector_norm(part, dim=1, dtype=dtype).double().square().sum()
-    mean = total / flat.numel()
-    return torch.stack((mean, (squares / flat.numel() - mean.square()).clamp(min=0))).float()
+    sums = []
+    for value in values:
+        flat = value.detach().reshape(-1)
+        whole = flat.numel() // (RUNS * RUN) * RUNS * RUN
+        rest = flat[whole:].double()
+        both = [rest.sum(), torch.linalg.vector_norm(rest).square()]
+        if whole:
+            runs = flat[:whole].view(-1, RUNS, RUN)
+            both[0] = both[0] + runs.sum(2, dtype=torch.float32).double().sum(1).sum()
+            norms = torch.linalg.vector_norm(runs, dim=2, dtype=torch.float32)
+            both[1] = both[1] + norms.double().square().sum(1).sum()
+        sums += both
+    counts = torch.tensor([[value.numel()] for value in values], dtype=torch.float64).to(sums[0].device)
+    mean, square = (torch.stack(sums).view(-1, 2) / counts).unbind(1)
+    return torch.stack((mean, (square - mean.square()).clamp(min=0)), dim=1).float()

@@ -20,7 +20,8 @@ EVERY = 5.0  # seconds between lines where there is no bar
 def learn_perturbations(
     out: Annotated[Path, about("file of nets to write (safetensors), after every epoch")],
     model: Annotated[str, about("GGUF file or Hugging Face directory (safetensors): the base model")],
-    train: Annotated[str, about("training examples: .jsonl, .csv or .tsv")],
+    train: Annotated[str, about("training examples: .jsonl, .csv or .tsv")] = "",
+    demo: Annotated[str, about("packaged task instead of --train: trec, sms or reviews")] = "",
     prompt: Annotated[str, about("template over the columns: '{question}\\nType:'")] = "",
     labels: Annotated[str, about("label=word,... or word,...: what the model should answer")] = "",
     label_column: Annotated[str, about("column that holds the label")] = "label",
@@ -47,7 +48,7 @@ def learn_perturbations(
     """
     set_threads(threads)
     job = Job(
-        model=model, train=train, prompt=prompt, labels=parse_label_words(labels) if labels else {},
+        model=model, train=train, demo=demo, prompt=prompt, labels=parse_label_words(labels) if labels else {},
         label_column=label_column, completion=completion, separator=separator, max_length=max_length, dtype=dtype,
         device=device,
     )  # fmt: skip

@@ -40,6 +40,7 @@ def finetune(
     out: Annotated[Path, about("run directory")],
     model: Annotated[str, about("GGUF file or Hugging Face directory (safetensors)")] = "",
     train: Annotated[str, about("training examples: .jsonl, .csv or .tsv")] = "",
+    demo: Annotated[str, about("packaged task instead of --train and --eval: trec, sms or reviews")] = "",
     eval: Annotated[str, about("held-out examples, evaluated before, during and after")] = "",
     prompt: Annotated[str, about("template over the columns: '{question}\\nType:'")] = "",
     labels: Annotated[str, about("label=word,... or word,...: what the model should answer")] = "",
@@ -109,8 +110,10 @@ def finetune(
         options = {name: value for name, value in options.items() if name in given}
         job, recipe = replace(job, **_of(room.Job, options)), replace(recipe, **_of(Recipe, options))
     else:
-        if not model or not train:
-            raise ValueError("a new run needs --model and --train (or --resume with the --out of an earlier one)")
+        if not model or not (train or demo):
+            raise ValueError(
+                "a new run needs --model and --train or --demo (or --resume with the --out of an earlier one)"
+            )
         job, recipe = room.Job(**_of(room.Job, options)), Recipe(**_of(Recipe, options))
     with Display() as display:
         outcome, _ = room.finetune(job, recipe, out, resume=resume, watch=display)

@@ -317,3 +317,8 @@ def test_no_file_and_no_whole_file(tmp_path: Path) -> None:
 def test_errors(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         methods.create("zo-finetuner", swapped(), **arguments)
+
+
+def test_nothing_to_train() -> None:
+    with pytest.raises(ValueError, match="no parameter to train"):
+        ZOFinetuner(nn.Tanh())

@@ -128,14 +128,16 @@ class ZOFinetuner(MeZO):
             self.nets.take(read_nets(Path(nets)), f"`nets` {nets!r}")
         elif nets:
             self.missing = f"`nets` is {nets!r}, and there is no such file; zoact learn-perturbations writes one"
-        elif self.trainables:
+        else:
             self.note = "no trained `nets` given: every tensor has the scale 1, as in MeZO"
 
     def find(self, model: nn.Module, handle: Perturbation) -> list[Weight]:
         return self.prepare_scales(super().find(model, handle))
 
     def prepare_scales(self, found: list[Weight]) -> list[Weight]:
-        """Give what is perturbed its scales, all 1."""
+        """Give what is perturbed its scales, all 1. Raises ValueError if there is nothing."""
+        if not found:
+            raise ValueError("`model` has no parameter to train")
         device = found[0].value.device
         read = [self._entries(weight) for weight in found]
         self.sizes = torch.tensor(read, dtype=torch.float64, device=device) / 1e6  # n_b [L]

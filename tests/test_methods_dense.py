@@ -143,6 +143,7 @@ PRESETS: dict[str, tuple[str, Delta, dict[str, Any]]] = {
     "zo-sign": ("zo-sign", normal_noise, {"queries": 2}),
     "zo-momentum": ("zo-momentum", normal_noise, {}),
     "zo-adam": ("zo-adam", normal_noise, {"queries": 2}),
+    "zo-finetuner": ("zo-finetuner", normal_noise, {}),
 }
 TORCH = {"sgd": torch.optim.SGD, "sign": torch.optim.SGD, "adam": torch.optim.Adam,
          "momentum": lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9)}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Schemas, checks, dispatch, autograd and torch.compile of the five ops."""
+"""Schemas, checks, dispatch and torch.compile of the five ops."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fake_device import on_fake_device
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from zoact_kernels import ops, reference
+from zoact_kernels import ops
 from zoact_kernels.dispatch import IMPLEMENTATIONS, ROOF, Problem, choose, explain, using
 from zoact_kernels.formats import quantize
 
@@ -188,50 +188,6 @@ def test_costs_are_positive_and_roofs_known():
         flops, moved = implementation.cost(problem)
         assert flops > 0 and moved > 0
     assert "cpu" in ROOF
-
-
-@pytest.mark.parametrize(
-    "G, basis_per_group, use_projected", [(1, False, False), (2, False, False), (2, True, False), (2, False, True)]
-)
-def test_autograd_zo_linear(G, basis_per_group, use_projected):
-    args = linear_args(M=8, G=G, sigmas=torch.randn(G, 2) * 0.1)
-    K, N = 96, 33
-    args["base_basis"], args["base_coeff"] = torch.randn(K, 2), torch.randn(N, 2)
-    args["coeff_groups"] = torch.randn(G, N, 3)
-    if basis_per_group:
-        args["basis"] = torch.randn(G, K, 3) / 10
-    if use_projected:
-        args["projected"], args["basis"] = torch.randn(8, 3), None
-    names = ["x", "bias", "base_basis", "base_coeff", "basis", "coeff", "coeff_groups", "projected"]
-    leaves = [n for n in names if args[n] is not None]
-    for n in leaves:
-        args[n] = args[n].clone().requires_grad_()
-    g = torch.randn(8, N)
-    got = torch.autograd.grad((Z.zo_linear.default(**args) * g).sum(), [args[n] for n in leaves])
-    truth_args = {k: v.detach().double().requires_grad_() if k in leaves else v for k, v in args.items()}
-    truth = torch.autograd.grad(
-        (reference.zo_linear(**truth_args, compute=torch.float64) * g.double()).sum(), [truth_args[n] for n in leaves]
-    )
-    for name, a, b in zip(leaves, got, truth, strict=True):
-        scale = b.abs().max()
-        assert (a.double() - b).abs().max() <= 2e-5 * scale, name  # fp32 sums of at most 96 products of size ~10
-
-
-def test_autograd_zo_dense_linear_to_x_and_sigmas():
-    args = dense_args(mask="magnitude", mask_value=torch.tensor([0.1]), noise_scale=torch.rand(20, 64))
-    for n in ("x", "sigmas"):
-        args[n] = args[n].clone().requires_grad_()
-    got = torch.autograd.grad(Z.zo_dense_linear.default(**args).square().sum(), [args["x"], args["sigmas"]])
-    truth = {
-        **args,
-        "x": args["x"].detach().double().requires_grad_(),
-        "sigmas": args["sigmas"].detach().double().requires_grad_(),
-    }
-    want = torch.autograd.grad(
-        reference.zo_dense_linear(**truth, compute=torch.float64).square().sum(), [truth["x"], truth["sigmas"]]
-    )
-    for a, b in zip(got, want, strict=True):
-        assert (a.double() - b).abs().max() <= 2e-5 * b.abs().max()
 
 
 def every_op():

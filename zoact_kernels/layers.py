@@ -103,13 +103,27 @@ def group_values(
     param_id: Tensor,
     mask: Mask = Mask(),  # noqa: B008
 ) -> Tensor:
-    """value + sum_s sigmas[g, s] Z_s of every row group g, fp32 [groups, *value.shape]: a copy each, so for vectors."""
+    """value + sum_s sigmas[g, s] Z_s of every row group g, fp32 [groups, *value.shape]: a copy each, so for vectors.
+
+    Differentiable in sigmas that ask for it.
+    """
+    if sigmas.requires_grad:
+        one = torch.eye(len(p.seeds), device=sigmas.device)
+        z = group_values(torch.zeros_like(value), p, one, param_id, mask)  # [S, *value.shape]
+        if mask.kind == "magnitude" and mask.value is not None:  # zeros pass it
+            z = z * (value.detach().abs() <= mask.value)
+        return value.detach().float() + torch.tensordot(sigmas, z, 1)
     moved = value.detach().float().expand(sigmas.shape[0], *value.shape).clone(memory_format=torch.contiguous_format)
     for row, own in zip(moved, sigmas, strict=True):
         torch.ops.zoact.zo_perturb_(
             row.view(1, -1), p.seeds, own, param_id, None, None, mask.value, mask.seed, None, p.noise, mask.kind
         )
     return moved
+
+
+def scaled(sigmas: Tensor, factor: Tensor | None) -> Tensor:
+    """Sigmas [G, S] of one parameter, whose own factor is fp32 [1] or none."""
+    return sigmas if factor is None else sigmas * factor
 
 
 def add_per_group(y: Tensor, values: Tensor) -> Tensor:
@@ -164,7 +178,6 @@ class ZOLinear(nn.Module):
     basis: Tensor | None
     base_basis: Tensor | None
     base_coeff: Tensor | None
-    sigma_scale: Tensor | None
     param_id: Tensor
     coeff: nn.Parameter | None
 
@@ -191,6 +204,8 @@ class ZOLinear(nn.Module):
         self.probe: Probe | None = None  # how a method perturbs the weight, if not by C
         self.bias_id: Tensor | None = None  # int64 [1], of the bias' noise, if a method moves that too
         self.mask, self.bias_mask = Mask(), Mask()  # of what a dense method moves
+        self.sigma_scale: Tensor | None = None  # fp32 [1], on the device: the weight's own factor on sigmas
+        self.bias_sigma_scale: Tensor | None = None  # and the bias'
         device = packed.weight.device
         self.register_buffer("weight", packed.weight)
         self.register_buffer("scale", packed.scale)
@@ -200,7 +215,6 @@ class ZOLinear(nn.Module):
         self.register_buffer("basis", None)
         self.register_buffer("base_basis", None)
         self.register_buffer("base_coeff", None)
-        self.register_buffer("sigma_scale", None)  # fp32 [1]: this layer's factor on sigmas, where a method has one
         self.register_buffer("param_id", torch.tensor([param_id], dtype=torch.int64, device=device))
         self.coeff = (
             nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=device)) if rank else None
@@ -262,7 +276,7 @@ class ZOLinear(nn.Module):
             raise ValueError(f"`x` has shape {tuple(x.shape)}; layer {self.name!r} has in_features={self.in_features}")
         p = self.perturbation
         if p.active and self.bias_id is not None and self.bias is not None:
-            own = p.sigmas_of(self.name, x, row_group)
+            own = scaled(p.sigmas_of(self.name, x, row_group), self.bias_sigma_scale)
             return add_per_group(
                 self._forward(x, row_group, None), group_values(self.bias, p, own, self.bias_id, self.bias_mask)
             )
@@ -273,10 +287,8 @@ class ZOLinear(nn.Module):
         groups = 1
         p = self.perturbation
         if p.active and (self.coeff is not None or self.probe is not None):
-            seeds, sigmas = p.seeds, p.sigmas_of(self.name, x, row_group)
+            seeds, sigmas = p.seeds, scaled(p.sigmas_of(self.name, x, row_group), self.sigma_scale)
             groups = sigmas.shape[0]
-            if self.sigma_scale is not None:
-                sigmas = sigmas * self.sigma_scale
             if self.probe is not None:
                 return self.probe(self, x, sigmas, bias)
             if self.basis is None:
@@ -452,7 +464,7 @@ def release(model: nn.Module) -> Perturbation:
     """No method perturbs anything but C of `model` any more; the handle of its layers, a new one where it has none."""
     for module in model.modules():
         if isinstance(module, ZOLinear):
-            module.probe = module.bias_id = None
+            module.probe = module.bias_id = module.sigma_scale = module.bias_sigma_scale = None
             module.mask = module.bias_mask = Mask()
         elif isinstance(module, Released):
             module.release()

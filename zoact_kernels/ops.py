@@ -1,4 +1,4 @@
-"""The five ops: schema, checks, autograd. They are `torch.ops.zoact.*`.
+"""The five ops: schema and checks. They are `torch.ops.zoact.*`.
 
     zo_linear        y_g = x_g D(W)^T + (x_g A)(C + sum_s sigmas[g, s] Z_s)^T + b         low-rank directions
     zo_dense_linear  y_g = x_g (D(W) + sum_s sigmas[g, s] Z_s)^T + b                      dense directions
@@ -7,7 +7,8 @@
     dequantize       D(W), or some of its rows
 
 Z_s is made inside from (seeds[s], param_id, row, column) by design law 2.1; it is never an argument and never stored.
-The first `groups`-th part of the rows of x belongs to row group 0, and so on. `dispatch.choose` says which code runs.
+The first `groups`-th part of the rows of x belongs to row group 0, and so on. `dispatch.choose` says which code runs,
+`autograd` how gradients come back.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from . import autograd
 from .dispatch import Explanation, Problem, arch_of, choose, explain, implementation, using
 from .formats import FORMATS, LAYOUTS, expected_shapes
 from .triton_ops.host import tf32
@@ -252,71 +253,6 @@ def _zo_linear_fake(x, weight, scale, offset, nested, bias, base_basis, base_coe
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def _zo_linear_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:15])
-    ctx.rest = inputs[15:]
-
-
-def _zo_linear_backward(ctx, grad):
-    """Gradients to x, bias, the bases and the coefficients; D(W) is dequantised 512 rows at a time."""
-    (x, weight, scale, offset, nested, bias, base_basis, base_coeff, basis, coeff, coeff_groups, projected,
-     seeds, sigmas, param_id) = ctx.saved_tensors  # fmt: skip
-    format, layout, group_size, N, noise, groups, row_offset, cols = ctx.rest
-    K = x.shape[-1]
-    xs, gs = x.reshape(-1, K).float(), grad.reshape(-1, N).float()
-    need = dict(zip(_LINEAR_TENSORS, ctx.needs_input_grad, strict=False))
-    grads: dict[str, Tensor | None] = {}
-    grad_x = torch.zeros_like(xs)
-    if weight is not None and need["x"]:
-        for start in range(0, N, 512):
-            rows = min(512, N - start)
-            panel = torch.ops.zoact.dequantize(
-                weight, scale, offset, nested, format, layout, group_size, N, K, torch.float32, start, rows
-            )
-            grad_x += gs[:, start : start + rows] @ panel
-    if bias is not None and need["bias"]:
-        grads["bias"] = gs.sum(0).to(bias.dtype)
-    if base_basis is not None:
-        g_base = gs @ base_coeff
-        grad_x += g_base @ base_basis.T
-        grads["base_basis"] = xs.T @ g_base
-        grads["base_coeff"] = gs.T @ (xs @ base_basis)
-    if basis is not None or projected is not None:
-        # One batch entry per row group: x_g [M/G, K], g_g [M/G, N], A_g [K, R], E_g = C + C_g + sum sigma Z [N, R].
-        x_g, g_g = xs.view(groups, -1, K), gs.view(groups, -1, N)
-        a_g = None if basis is None else (basis if basis.dim() == 3 else basis.expand(groups, -1, -1))
-        h_g = projected.reshape(groups, x_g.shape[1], -1) if a_g is None else x_g @ a_g
-        effective = torch.zeros(groups, N, h_g.shape[-1], dtype=torch.float32, device=x.device)
-        if coeff is not None:
-            effective = effective + coeff
-        if coeff_groups is not None:
-            effective = effective + coeff_groups
-        if seeds is not None:
-            effective = effective + reference.perturbation(
-                noise, seeds, sigmas, param_id, N, h_g.shape[-1], row_offset, cols
-            )
-        grad_h = g_g @ effective
-        grad_c = g_g.transpose(1, 2) @ h_g
-        if coeff is not None and need["coeff"]:
-            grads["coeff"] = grad_c.sum(0)
-        if coeff_groups is not None and need["coeff_groups"]:
-            grads["coeff_groups"] = grad_c
-        if a_g is None:
-            grads["projected"] = grad_h.reshape(projected.shape)
-        else:
-            grad_x += (grad_h @ a_g.transpose(1, 2)).flatten(0, 1)
-            if need["basis"]:
-                grad_a = x_g.transpose(1, 2) @ grad_h
-                grads["basis"] = grad_a if basis.dim() == 3 else grad_a.sum(0)
-    grads["x"] = grad_x.to(x.dtype).view(x.shape)
-    return *(grads.get(name) if need[name] else None for name in _LINEAR_TENSORS), *(None for _ in ctx.rest)
-
-
-_LINEAR_TENSORS = (
-    "x", "weight", "scale", "offset", "nested", "bias", "base_basis", "base_coeff", "basis", "coeff", "coeff_groups",
-    "projected", "seeds", "sigmas", "param_id",
-)  # fmt: skip
-
 # ---------------------------------------------------------------------------------------------------------------------
 # zo_dense_linear
 
@@ -387,49 +323,6 @@ def _zo_dense_linear_fake(x, weight, scale, offset, nested, bias, seeds, sigmas,
                           mask_seed, format, layout, group_size, out_features, noise="normal", noise_on="weight",
                           mask="none", groups=1, row_offset=0, cols=0):  # fmt: skip
     return x.new_empty((*x.shape[:-1], out_features))
-
-
-def _zo_dense_linear_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:12])
-    ctx.rest = inputs[12:]
-
-
-def _zo_dense_linear_backward(ctx, grad):
-    """Gradients to x, bias and sigmas, 512 rows of D(W) and Z at a time."""
-    x, weight, scale, offset, nested, bias, seeds, sigmas, param_id, noise_scale, mask_value, mask_seed = (
-        ctx.saved_tensors
-    )
-    format, layout, group_size, N, noise, noise_on, mask, groups, row_offset, cols = ctx.rest
-    if noise_on != "weight":
-        raise ValueError("no gradient through noise on the scales; evaluate under torch.no_grad()")
-    K = x.shape[-1]
-    x_g = x.reshape(groups, -1, K).float()
-    g_g = grad.reshape(groups, -1, N).float()
-    grad_x = torch.zeros_like(x_g)
-    grad_sigmas = None if sigmas is None else torch.zeros_like(sigmas)
-    for start in range(0, N, 512):
-        rows = min(512, N - start)
-        g = g_g[:, :, start : start + rows]
-        w = None
-        if weight is not None:
-            w = torch.ops.zoact.dequantize(
-                weight, scale, offset, nested, format, layout, group_size, N, K, torch.float32, start, rows
-            )
-            grad_x += g @ w
-        if seeds is None or sigmas is None:
-            continue
-        factor = reference.noise_factor(w, noise_scale, mask, mask_value, mask_seed, param_id, start, rows, K,
-                                        row_offset, cols)  # fmt: skip
-        product = g.transpose(1, 2) @ x_g if ctx.needs_input_grad[7] else None
-        for s in range(seeds.shape[0]):
-            z = reference.noise_rows(noise, seeds[s], param_id, start, rows, K, row_offset, cols) * factor
-            grad_x += sigmas[:, s, None, None] * (g @ z)
-            if product is not None and grad_sigmas is not None:
-                grad_sigmas[:, s] += (product * z).sum((1, 2))
-    grad_bias = grad.reshape(-1, N).sum(0).to(bias.dtype) if bias is not None and ctx.needs_input_grad[5] else None
-    grads: list[Tensor | None] = [None] * 12
-    grads[0], grads[5], grads[7] = grad_x.to(x.dtype).view(x.shape), grad_bias, grad_sigmas
-    return *grads, *(None for _ in ctx.rest)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -530,10 +423,11 @@ for _name, _function, _fake in (
     library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"zoact::{_name}", _fake, lib=library)
 
-torch.library.register_autograd("zoact::zo_linear", _zo_linear_backward, setup_context=_zo_linear_setup, lib=library)
-torch.library.register_autograd(
-    "zoact::zo_dense_linear", _zo_dense_linear_backward, setup_context=_zo_dense_linear_setup, lib=library
-)
+for _name, _backward, _setup in (
+    ("zo_linear", autograd.linear_backward, autograd.linear_setup),
+    ("zo_dense_linear", autograd.dense_backward, autograd.dense_setup),
+):
+    torch.library.register_autograd(f"zoact::{_name}", _backward, setup_context=_setup, lib=library)
 
 zo_linear = torch.ops.zoact.zo_linear.default
 zo_dense_linear = torch.ops.zoact.zo_dense_linear.default

@@ -97,7 +97,8 @@ class SGD:
             if part
         ]
         factors = [(gains or {}).get(name, 1.0) for name in self.coeffs]
-        self._gains = torch.tensor(factors, device=device)[:, None] if any(f != 1 for f in factors) else None
+        # [L, 1]; a method may put a tensor of its own here, which it fills before each step
+        self.gains = torch.tensor(factors, device=device)[:, None] if any(f != 1 for f in factors) else None
         self.t = 0
         self.skip = torch.zeros(1, dtype=torch.bool, device=device)
         self.exp_avgs, self.exp_avg_sqs = (
@@ -135,8 +136,8 @@ class SGD:
     def launch(self, seeds: Tensor, weights: Tensor) -> None:
         """The step itself, or nothing where `skip` is set: device work only, so a CUDA graph can hold it."""
         weights = self.weights(weights)
-        if self._gains is not None:
-            weights = self._gains * weights
+        if self.gains is not None:
+            weights = self.gains * weights
         for names, rows, ids, hyper in self._launches:
             values, *moments = (
                 [held[name] for name in names] if held else []

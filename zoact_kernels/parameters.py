@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import rng
-from .layers import Mask, Perturbation, Released, add_per_group, group_values
+from .layers import Mask, Perturbation, Released, add_per_group, group_values, scaled
 
 
 class Factors(NamedTuple):
@@ -54,9 +54,10 @@ class Perturbed(nn.Module, Released):
     zo_ids: dict[str, Tensor]  # of the parameters that are perturbed: key -> param_id, int64 [1]
     zo_masks: dict[str, Mask]
     zo_factors: dict[str, Factors]  # of a matrix that is trained through them
+    zo_scales: dict[str, Tensor]  # fp32 [1], on the device: a parameter's own factor on sigmas
 
     def release(self) -> None:
-        del self.perturbation, self.zo_name, self.zo_ids, self.zo_masks, self.zo_factors
+        del self.perturbation, self.zo_name, self.zo_ids, self.zo_masks, self.zo_factors, self.zo_scales
         self.__class__ = type(self).__bases__[1]  # (this mixin, what it was)
 
 
@@ -98,7 +99,7 @@ class ZOEmbedding(Perturbed):
             table = table.float() + _product(factors.coeff[ids], factors.basis.T)
         if not p.active:
             return table.to(dtype)
-        sigmas = p.sigmas_of(self.zo_name, ids)
+        sigmas = scaled(p.sigmas_of(self.zo_name, ids), self.zo_scales.get("weight"))
         groups, width = sigmas.shape[0], table.shape[-1]
         rows, where = ids.reshape(-1), None
         if ids.device.type == "cpu":  # elsewhere it would wait for the device
@@ -130,10 +131,11 @@ class ZODense(Perturbed):
         if not p.active and factors is None:
             return super().forward(x)
         sigmas = p.sigmas_of(self.zo_name, x) if p.active else p.sigmas[:1]
+        own_sigmas = scaled(sigmas, self.zo_scales.get("weight"))
         if factors is not None:
             param_id, moves = self.zo_ids["weight"], p.active and "bias" in self.zo_ids
-            own = factors.coeff_groups(p, sigmas, param_id) if p.active else None
-            seeded = (p.seeds, sigmas, param_id) if p.active and own is None else (None, None, None)
+            own = factors.coeff_groups(p, own_sigmas, param_id) if p.active else None
+            seeded = (p.seeds, own_sigmas, param_id) if p.active and own is None else (None, None, None)
             y = torch.ops.zoact.zo_linear(
                 x, weight, None, None, None, None if moves else bias, None, None, factors.basis, factors.coeff, own,
                 None, *seeded, "dense", "row", -1, weight.shape[0], p.noise, sigmas.shape[0] if p.active else 1,
@@ -142,7 +144,7 @@ class ZODense(Perturbed):
         noisy, mask = "weight" in self.zo_ids, self.zo_masks.get("weight", Mask())
         y = torch.ops.zoact.zo_dense_linear(
             x, weight, None, None, None, None if "bias" in self.zo_ids else bias,
-            p.seeds if noisy else None, sigmas if noisy else None, self.zo_ids.get("weight"), None, mask.value,
+            p.seeds if noisy else None, own_sigmas if noisy else None, self.zo_ids.get("weight"), None, mask.value,
             mask.seed, "dense", "row", -1, weight.shape[0], p.noise, "weight", mask.kind, sigmas.shape[0],
         )  # fmt: skip
         if bias is None or "bias" not in self.zo_ids:
@@ -160,7 +162,7 @@ def perturb(module: nn.Module, name: str, ids: dict[str, Tensor], perturbation: 
     module.__class__ = _mixture(mixin, type(module))  # type: ignore[arg-type]  # mypy: classes do not hash
     assert isinstance(module, Perturbed)
     module.perturbation, module.zo_name, module.zo_ids = perturbation, name, ids
-    module.zo_masks, module.zo_factors = {}, {}
+    module.zo_masks, module.zo_factors, module.zo_scales = {}, {}, {}
 
 
 MIXINS: dict[type[nn.Module], type[Perturbed]] = {nn.Embedding: ZOEmbedding, nn.Linear: ZODense}
@@ -174,7 +176,8 @@ def _mixture(mixin: type[Perturbed], kind: type[nn.Module]) -> type[nn.Module]:
 def _moved(module: Perturbed, key: str, sigmas: Tensor) -> Tensor:
     """Parameter `key` as each row group has it, fp32 [groups, *shape]."""
     own, mask = _own(module, key), module.zo_masks.get(key, Mask())
-    return group_values(own, module.perturbation, sigmas, module.zo_ids[key], mask)
+    own_sigmas = scaled(sigmas, module.zo_scales.get(key))
+    return group_values(own, module.perturbation, own_sigmas, module.zo_ids[key], mask)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -83,6 +83,8 @@ class LoggedStep(Protocol):
     @property
     def seeds(self) -> Tensor: ...
     @property
+    def losses(self) -> Tensor: ...
+    @property
     def weights(self) -> Tensor: ...
     @property
     def lr(self) -> float: ...
@@ -113,7 +115,7 @@ class ZeroOrder:
     name = ""
     paper = ""
     summary = ""  # one line
-    replayable = True  # from (seeds, weights, lr) of each step, without the model; False: evaluated again at resume
+    replayable = True  # from the logged numbers of each step, without the model; False: evaluated again at resume
     basis = "none"  # what A is made of: "activations" (of the first batches, once), "inputs" (of each step), "random"
     dense = False  # whether it trains the weights themselves
     known_sides: tuple[str, ...] = estimators.SIDES
@@ -191,6 +193,9 @@ class ZeroOrder:
 
     def refresh(self) -> None:
         """Bring what changes from step to step (a basis, say) to step `iteration`; steps and replay both call it."""
+
+    def observe(self, losses: Tensor) -> None:
+        """Take note of the losses [G, B] of a step that was not skipped; steps and replay both call it, at the end."""
 
     def own_state(self) -> dict[str, Tensor]:
         """What a method's own state is, besides that of its trainables: the tensors themselves, by name."""
@@ -303,6 +308,8 @@ class ZeroOrder:
             self._weights.copy_(row.weights)
             self.rule.update(self._seeds, self._weights, lr=row.lr, skipped=row.skipped)
             self._settle()
+            if not row.skipped:
+                self.observe(row.losses)
             self.iteration += 1
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -418,6 +425,8 @@ class ZeroOrder:
         seeds, weights = (tensor.to("cpu", copy=True) for tensor in (self._seeds, self._weights))
         reason = self._reason(losses, weights) if bool(self.rule.skip) else ""
         self.rule.finish()
+        if not reason:
+            self.observe(losses)
         self.iteration += 1
         note, self.note = self.note, ""
         return StepResult(

@@ -7,6 +7,7 @@
     zo-sign, zo-momentum, zo-adam   MeZO with another rule                              arXiv 2402.11592
     lozo, lozo-m   U V^T, V renewed now and then, SGD or momentum in the factor         arXiv 2410.07698
     qzo      the scales of a low-bit model, clipped differences                          arXiv 2505.13430
+    zo-finetuner   MeZO, the noise of each tensor scaled by a learned net               arXiv 2510.00419
     subzero  U Z V^T, U and V orthonormal and renewed now and then, SGD                 arXiv 2410.08989
     mezo-lora, mezo-prefix   both factors of a LoRA; keys and values of a prefix        arXiv 2305.17333
     p-rge    B of a LoRA whose A is random and fixed, several queries in one forward    arXiv 2409.15520
@@ -26,6 +27,7 @@ from ..zeroth_order import MODES, RECENT, Evaluation, LoggedStep, StepResult, Ze
 from .activation import AGZO, ZOAct, ZOActOneSided
 from .dense import FZOO, MeZO, SparseMeZO, ZOAdam, ZOMomentum, ZOSign, ZOSparse
 from .lora import PRGE, MeZOLoRA, MeZOPrefix
+from .learned import ZOFinetuner
 from .low_rank import LOZO, LOZOM, SubZero
 from .scales import QZO
 
@@ -54,6 +56,7 @@ METHODS: dict[str, type[ZeroOrder]] = {
         ZOSign,
         ZOMomentum,
         ZOAdam,
+        ZOFinetuner,
         LOZO,
         LOZOM,
         SubZero,

@@ -6,6 +6,7 @@
     sparse-mezo, zo-sparse   MeZO under a mask by magnitude, or by chance               arXiv 2402.15751, 2402.11592
     zo-sign, zo-momentum, zo-adam   MeZO with another rule                              arXiv 2402.11592
     lozo, lozo-m   U V^T, V renewed now and then, SGD or momentum in the factor         arXiv 2410.07698
+    forward-gradient, forward-gradient-dense   ZO-Act and MeZO by exact derivatives     arXiv 2402.11592
     qzo      the scales of a low-bit model, clipped differences                          arXiv 2505.13430
     subzero  U Z V^T, U and V orthonormal and renewed now and then, SGD                 arXiv 2410.08989
 
@@ -24,6 +25,7 @@ from .activation import ZOAct, ZOActOneSided
 from .dense import FZOO, MeZO, SparseMeZO, ZOAdam, ZOMomentum, ZOSign, ZOSparse
 from .low_rank import LOZO, LOZOM, SubZero
 from .scales import QZO
+from .tangent import ForwardGradient, ForwardGradientDense
 
 __all__ = [
     "METHODS",
@@ -54,6 +56,8 @@ METHODS: dict[str, type[ZeroOrder]] = {
         LOZOM,
         SubZero,
         QZO,
+        ForwardGradient,
+        ForwardGradientDense,
     )
 }
 

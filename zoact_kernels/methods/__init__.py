@@ -7,6 +7,8 @@
     zo-sign, zo-momentum, zo-adam   MeZO with another rule                              arXiv 2402.11592
     lozo, lozo-m   U V^T, V renewed now and then, SGD or momentum in the factor         arXiv 2410.07698
     forward-gradient, forward-gradient-dense   ZO-Act and MeZO by exact derivatives     arXiv 2402.11592
+    mezo-gv, mezo-gv-history, mezo-greedy   MeZO along sums of noises that a pool ranks  arXiv 2601.04710
+    zo-act-gv, zo-act-greedy   the same over C                                          arXiv 2601.04710
     qzo      the scales of a low-bit model, clipped differences                          arXiv 2505.13430
     subzero  U Z V^T, U and V orthonormal and renewed now and then, SGD                 arXiv 2410.08989
 
@@ -24,6 +26,7 @@ from ..zeroth_order import MODES, RECENT, Evaluation, LoggedStep, StepResult, Ze
 from .activation import ZOAct, ZOActOneSided
 from .dense import FZOO, MeZO, SparseMeZO, ZOAdam, ZOMomentum, ZOSign, ZOSparse
 from .low_rank import LOZO, LOZOM, SubZero
+from .prior import MeZOGreedy, MeZOGV, MeZOGVHistory, ZOActGreedy, ZOActGV
 from .scales import QZO
 from .tangent import ForwardGradient, ForwardGradientDense
 
@@ -58,6 +61,11 @@ METHODS: dict[str, type[ZeroOrder]] = {
         QZO,
         ForwardGradient,
         ForwardGradientDense,
+        MeZOGV,
+        MeZOGVHistory,
+        MeZOGreedy,
+        ZOActGV,
+        ZOActGreedy,
     )
 }
 

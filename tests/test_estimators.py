@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from zoact_kernels import estimators, rng
+from zoact_kernels.directions import DIRECTIONS, lazy_factor, mean_estimate
 
 QUERIES = (1, 2, 3, 8)
 SIGMA = 0.3  # large, so that curvature would show
@@ -61,6 +63,17 @@ def test_weights_of_fzoo():
     f = torch.tensor([1.0, 1.5, 0.5, 3.0], dtype=torch.float64)
     want = (f[1:] - f[0]) / (3 * f[1:].std(correction=0))
     torch.testing.assert_close(estimators.weights(f, "one-sided", 3, 1e-4, scaling="std"), want)
+
+
+def test_weights_of_tangents():
+    """They are what would else be differenced, over sigma and q; of q groups and no other."""
+    assert torch.equal(estimators.group_sigmas("tangent", 2, 0.5), 0.5 * torch.eye(2))
+    slopes = torch.tensor([[1.0, 3.0], [-4.0, 1.0], [0.5, 0.5]], dtype=torch.float64)
+    got = estimators.weights(slopes, "tangent", 3, 0.25)
+    assert torch.equal(got, torch.tensor([2.0, -1.5, 0.5], dtype=torch.float64) / 0.25 / 3)
+    assert torch.equal(estimators.weights(slopes, "tangent", 3, 0.25, scaling="sign"), got.sign() / 3)
+    with pytest.raises(ValueError, match=r"tangent with 2 queries takes float64 \(2,\)"):
+        estimators.weights(slopes, "tangent", 2, 0.25)
 
 
 @pytest.mark.parametrize(("sides", "q"), CASES)
@@ -152,6 +165,16 @@ GRADIENT = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0, -1.0], dtype=torch.float64)
 HESSIAN = torch.diag(torch.tensor([1.0, 2.0, 0.5, 3.0, 1.0, 4.0], dtype=torch.float64)) + 0.3
 
 
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "masked": {"mask": torch.tensor([[1.0, 0, 1], [0, 1, 0]]).double()},
+    "right-basis": {"basis": lazy_factor(1, 2, 3, 1, orthonormal=True)},
+    "uv": {"basis": lazy_factor(3, 4, 3, 2)},
+    "uzv": {"basis": lazy_factor(5, 6, 3, 1, orthonormal=True), "left": lazy_factor(7, 8, 2, 1, orthonormal=True)},
+    "scale": {"codes": torch.tensor([[1.0, -2, 3], [0, 2, -1]]).double(), "group_size": 2},
+}
+
+
 def quadratic(c: Tensor) -> Tensor:
     """c [..., Dim] -> loss [...]."""
     return 7.0 + c @ GRADIENT + 0.5 * (c @ HESSIAN * c).sum(-1)
@@ -161,12 +184,19 @@ def estimates(sides: str, q: int, sigma: float = SIGMA) -> Tensor:
     """Independent estimates of the gradient at 0, [n, Dim], and the wrong mean(d) mean(Z) beside them, [2, n, Dim]."""
     n = SAMPLES // q
     z = rng.noise("normal", 11, 5, n * q, DIM).double().view(n, q, DIM)
-    sigmas = estimators.group_sigmas(sides, q, sigma).double()
-    losses = quadratic(torch.einsum("gs,nsd->ngd", sigmas, z))
-    weights = torch.stack([estimators.weights(row, sides, q, sigma) for row in losses])
+    weights = weights_along(z, sides, sigma)
     right = torch.einsum("ns,nsd->nd", weights, z)
     wrong = weights.sum(1, keepdim=True) * z.mean(1)  # weights hold the 1/q: their sum is mean(d)
     return torch.stack((right, wrong))
+
+
+def weights_along(deltas: Tensor, sides: str, sigma: float = SIGMA) -> Tensor:
+    """Weights [n, q] of n independent steps along deltas [n, q, Dim], of the quadratic at 0."""
+    q = deltas.shape[1]
+    sigmas = estimators.group_sigmas(sides, q, sigma).double()
+    points = torch.einsum("gs,nsd->ngd", sigmas, deltas)
+    losses = points @ GRADIENT if sides == estimators.TANGENT else quadratic(points)
+    return torch.stack([estimators.weights(row, sides, q, sigma) for row in losses])
 
 
 def off_by(samples: Tensor, mean: Tensor) -> float:
@@ -175,7 +205,7 @@ def off_by(samples: Tensor, mean: Tensor) -> float:
     return float(((samples.mean(0) - mean) / error).abs().max())
 
 
-@pytest.mark.parametrize(("sides", "q"), CASES)
+@pytest.mark.parametrize(("sides", "q"), [*CASES, *((estimators.TANGENT, q) for q in QUERIES)])
 def test_weights_are_unbiased(sides, q):
     right, wrong = estimates(sides, q)
     assert off_by(right, GRADIENT) < 4
@@ -187,10 +217,26 @@ def test_weights_are_unbiased(sides, q):
             assert off_by(wrong, GRADIENT / q) < 4
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("sides", [*estimators.SIDES, estimators.TANGENT])
+def test_weights_have_the_mean_of_their_structure(sides, structure):
+    """Over W [2, 3], whatever is differenced: the mean is the last column of the table of `directions`."""
+    q, (row, given) = 2, (DIRECTIONS[structure], STRUCTURES[structure])
+    shape = row.shape(2, 3, *given.values())
+    z = rng.noise("normal", 12, 5, 3000, math.prod(shape)).double().view(-1, *shape)
+    deltas = torch.stack([row.expand(one, *given.values()).flatten() for one in z]).view(-1, q, DIM)
+    found = torch.einsum("ns,nsd->nd", weights_along(deltas, sides), deltas)
+    mean = mean_estimate(structure, GRADIENT.view(2, 3), **given).flatten()
+    deviation = found.std(0) / math.sqrt(len(found))
+    assert bool(((found.mean(0) - mean).abs() <= 4 * deviation + 1e-12).all())
+    assert structure == "dense" or float((mean - GRADIENT).norm()) > 10 * float(deviation.norm())  # it is another one
+
+
+@pytest.mark.parametrize("sides", ["two-sided", estimators.TANGENT])
 @pytest.mark.parametrize("q", [1, 4])
-def test_weights_mean_squared_error(q):
+def test_weights_mean_squared_error(q, sides):
     """E|g - grad|^2 = (Dim + 1) |grad|^2 / q for the exact directional derivative of a quadratic."""
-    squared = (estimates("two-sided", q)[0] - GRADIENT).square().sum(1)
+    squared = (estimates(sides, q)[0] - GRADIENT).square().sum(1)
     want = (DIM + 1) * float(GRADIENT.square().sum()) / q
     assert abs(float(squared.mean()) - want) < 4 * float(squared.std()) / math.sqrt(len(squared))
 

@@ -1,17 +1,37 @@
 """Structures of a perturbation, each as its plain definition: which noise it draws, and the Delta [N, K] it stands for.
 
-    right-basis   Z [N, R], basis A [K, R] given   Delta = Z A^T   mean estimate grad A A^T   ZO-Act, AGZO, LOZO
-    dense         Z [N, K]                         Delta = Z       mean estimate grad         MeZO, FZOO (signs)
+    structure     Z of a seed      given                              Delta            mean estimate
+    dense         [N, K]                                              Z                grad
+    masked        [N, K]           mask [N, K] of 0 and 1             mask * Z         mask * grad
+    right-basis   [N, R]           basis A [K, R]                     Z A^T            grad A A^T
+    uv            [N, R], is U     basis V [K, R], normal             Z V^T            grad V V^T; over all V: R grad
+    uzv           [R, R]           basis V, left U [N, R],            c U Z V^T        c^2 U U^T grad V V^T;
+                                   orthonormal; c = sqrt(N K) / R                      over all U, V: grad
+    scale         [N, K / group]   codes q - zero [N, K]              codes * Z'       codes * sum of codes * grad
+                                                                                       over the group
+    multi-seed    that of each     weights c of the seeds             sum_s c_s Delta_s
+
+Z is normal or random signs, which have the same mean. Z' is Z, each column as often as a group has weights. "Mean
+estimate" is E[<grad, Delta> Delta], grad [N, K] being the gradient in the weight: it is why a learning rate does not
+transfer from one row of this table to the next. That of a sum over seeds depends on how its weights came about.
+
+    dense         MeZO and its rules, FZOO (signs), ZO Fine-tuner (times a number for each tensor), Forward gradient
+    masked        Sparse-MeZO, ZO-Bench sparse            scale   QZO
+    right-basis   ZO-Act, AGZO, P-RGE                     uzv     SubZero
+    uv            LOZO (U from the noise of the parameter, V from that of `name#V` and a seed that changes slowly)
+    multi-seed    every update; MeZO-GV's probes
+
+Where both factors of a product are perturbed, as in MeZO over LoRA, no Delta exists that a radius only scales.
 
 Kernels never build Delta; tests, tools and the reader do, here, from the same words of the generator (design law 2.1).
-"Mean estimate" is E[<grad, Delta> Delta], grad [N, K] being the gradient in the weight: it is why a learning rate does
-not transfer from one row of this table to the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,26 +41,54 @@ from . import rng
 
 @dataclass(frozen=True)
 class Direction:
-    """One structure. `shape(N, K, R)` is the shape of its noise, `expand(z, basis)` the Delta [N, K] it stands for."""
+    """A row of the table. shape(N, K, *given): of Z. expand(z, *given): Delta. mean(grad, *given): the last column."""
 
     name: str
-    needs_basis: bool
-    shape: Callable[[int, int, int], tuple[int, int]]
-    expand: Callable[[Tensor, Tensor | None], Tensor]
+    given: tuple[str, ...]  # names of what it is made from besides Z
+    shape: Callable[..., tuple[int, int]]
+    expand: Callable[..., Tensor]
+    mean: Callable[..., Tensor]
 
 
-def _right_basis(z: Tensor, basis: Tensor | None) -> Tensor:
-    assert basis is not None
-    return z @ basis.to(z.dtype).T
+def _factor(N: int, K: int, R: int) -> float:
+    """c of uzv, which makes E |Delta|^2 = N K."""
+    return math.sqrt(N * K) / R
+
+
+def _spread(columns: Tensor, codes: Tensor, group_size: int) -> Tensor:
+    """[N, groups] -> [N, K]; the last group may be short."""
+    return columns.repeat_interleave(group_size, dim=1)[:, : codes.shape[1]]
+
+
+def _group_sums(product: Tensor, group_size: int) -> Tensor:
+    """[N, K] -> [N, groups]."""
+    return torch.stack([part.sum(dim=1) for part in product.split(group_size, dim=1)], dim=1)
 
 
 DIRECTIONS: dict[str, Direction] = {
     direction.name: direction
     for direction in (
-        Direction("right-basis", True, lambda N, K, R: (N, R), _right_basis),
-        Direction("dense", False, lambda N, K, R: (N, K), lambda z, basis: z),
+        Direction("dense", (), lambda N, K: (N, K), lambda z: z, lambda grad: grad),
+        Direction("masked", ("mask",), lambda N, K, m: (N, K), lambda z, m: m * z, lambda grad, m: m * grad),
+        Direction(
+            "right-basis", ("basis",), lambda N, K, a: (N, a.shape[1]), lambda z, a: z @ a.T,
+            lambda grad, a: grad @ a @ a.T,
+        ),
+        Direction(
+            "uv", ("basis",), lambda N, K, v: (N, v.shape[1]), lambda z, v: z @ v.T, lambda grad, v: grad @ v @ v.T,
+        ),
+        Direction(
+            "uzv", ("basis", "left"), lambda N, K, v, u: (u.shape[1], v.shape[1]),
+            lambda z, v, u: _factor(len(u), *v.shape) * u @ z @ v.T,
+            lambda grad, v, u: _factor(len(u), *v.shape) ** 2 * u @ u.T @ grad @ v @ v.T,
+        ),
+        Direction(
+            "scale", ("codes", "group_size"), lambda N, K, q, size: (N, -(-K // size)),
+            lambda z, q, size: q * _spread(z, q, size),
+            lambda grad, q, size: q * _spread(_group_sums(q * grad, size), q, size),
+        ),
     )
-}
+}  # fmt: skip
 
 
 def delta(
@@ -50,22 +98,61 @@ def delta(
     out_features: int,
     in_features: int,
     *,
-    basis: Tensor | None = None,
     noise: str = "normal",
     dtype: torch.dtype = torch.float64,
+    **given: Tensor | int,
 ) -> Tensor:
-    """Delta [out_features, in_features] of one parameter for one seed, in `dtype`, on the basis' device.
+    """Delta [out_features, in_features] of one parameter for one seed, in `dtype`, where the given tensors are.
 
-    basis: [K, R] for a direction that needs one. Raises ValueError for an unknown direction, a missing basis, or a
-    basis whose first size is not `in_features`.
+    given: what the structure takes, by the names of the table. Raises ValueError for an unknown direction, and for what
+    is missing, unknown or of another shape.
     """
+    structure, tensors = _structure(direction, out_features, in_features, given)
+    rows, cols = structure.shape(out_features, in_features, *tensors)
+    device = next((a.device for a in tensors if isinstance(a, Tensor)), torch.device("cpu"))
+    z = rng.noise(noise, seed, param_id, rows, cols, device=device).to(dtype)
+    return structure.expand(z, *(a.to(dtype) if isinstance(a, Tensor) else a for a in tensors))
+
+
+def multi_seed(direction: str, seeds: Sequence[int], weights: Sequence[float], *where: int, **given: Any) -> Tensor:
+    """sum_s weights[s] Delta_s [N, K]; the other arguments are those of `delta`."""
+    parts = [w * delta(direction, seed, *where, **given) for seed, w in zip(seeds, weights, strict=True)]
+    return torch.stack(parts).sum(dim=0)
+
+
+def mean_estimate(direction: str, gradient: Tensor, **given: Tensor | int) -> Tensor:
+    """E[<gradient, Delta> Delta] [N, K] over the noise, what is given being fixed. Raises as `delta` does."""
+    structure, tensors = _structure(direction, gradient.shape[0], gradient.shape[1], given)
+    return structure.mean(gradient, *tensors)
+
+
+def lazy_factor(seed: int, param_id: int, size: int, rank: int, *, orthonormal: bool = False) -> Tensor:
+    """A factor [size, rank] that `uv` or `uzv` keeps for some steps, float64: normal, and then the Q of its QR.
+
+    The R of that QR has a positive diagonal, which makes Q unique. param_id: of `name#V` for V, of `name#U` for U.
+    """
+    factor = rng.noise("normal", seed, param_id, size, rank).double()
+    if not orthonormal:
+        return factor
+    q, r = torch.linalg.qr(factor)
+    return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+
+
+def _structure(direction: str, N: int, K: int, given: dict[str, Any]) -> tuple[Direction, list[Any]]:
+    """The structure and what is given for it, in its order."""
     if direction not in DIRECTIONS:
         raise ValueError(f"direction is {direction!r}; known are {', '.join(DIRECTIONS)}")
     structure = DIRECTIONS[direction]
-    if structure.needs_basis and (basis is None or basis.dim() != 2 or basis.shape[0] != in_features):
-        given = None if basis is None else tuple(basis.shape)
-        raise ValueError(f"basis is {given}; direction {direction!r} needs ({in_features}, rank)")
-    rank = basis.shape[1] if basis is not None else 0
-    rows, cols = structure.shape(out_features, in_features, rank)
-    z = rng.noise(noise, seed, param_id, rows, cols, device="cpu" if basis is None else basis.device)
-    return structure.expand(z.to(dtype), basis)
+    for name in given.keys() - set(structure.given):
+        raise ValueError(f"{name} is given; direction {direction!r} takes {', '.join(structure.given) or 'nothing'}")
+    sizes = {"basis": (K, "rank"), "left": (N, "rank"), "mask": (N, K), "codes": (N, K)}
+    for name in structure.given:
+        found = given.get(name)
+        if name == "group_size":
+            if not isinstance(found, int) or found < 1:
+                raise ValueError(f"group_size is {found}; direction {direction!r} needs how many weights share a scale")
+            continue
+        shape, (rows, cols) = None if found is None else tuple(found.shape), sizes[name]
+        if shape is None or len(shape) != 2 or shape[0] != rows or cols not in ("rank", shape[1]):
+            raise ValueError(f"{name} is {shape}; direction {direction!r} needs ({rows}, {cols})")
+    return structure, [given[name] for name in structure.given]

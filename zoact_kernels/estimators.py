@@ -5,6 +5,8 @@ Two choices make an estimator. `sides` says which groups are evaluated (G groups
     two-sided       G = 2q    +s0, -s0, +s1, -s1 ...     d_j = (f_{+j} - f_{-j}) / (2 sigma)           arXiv 2305.17333
     one-sided       G = q+1   clean, +s0, +s1 ...        d_j = (f_j - f_0) / sigma                     arXiv 2607.01125
     leave-one-out   G = q     +s0, +s1 ...               d_j = (f_j - mean f) q / ((q - 1) sigma)      RLOO of AIM-ZO
+    tangent         G = q     no difference: t_j, the derivative of f along sigma Delta_j, is given in place of a loss
+                                                         d_j = t_j / sigma                              arXiv 2402.11592
 
 `scaling` says what becomes of the directional derivatives d [S]; always weights_j = scaled(d)_j / q:
 
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor
 
 SIDES = ("two-sided", "one-sided", "leave-one-out")
+TANGENT = "tangent"  # of methods that differentiate: what the others would give it are losses
 
 CLIP = 100.0  # QZO's threshold
 FLOOR_SHRINK = 2.0**-5  # the second radius of `rounding_floor`, relative to the first
@@ -37,12 +40,12 @@ CLEAR = 10.0  # and this many floors are comfortable
 
 def group_count(sides: str, queries: int) -> int:
     """G for q = `queries`. Raises ValueError for unknown sides or too few queries."""
-    if sides not in SIDES:
-        raise ValueError(f"sides is {sides!r}; it may be {', '.join(SIDES)}")
+    if sides not in (*SIDES, TANGENT):
+        raise ValueError(f"sides is {sides!r}; it may be {', '.join(SIDES)} or {TANGENT}")
     least = 2 if sides == "leave-one-out" else 1
     if queries < least:
         raise ValueError(f"queries is {queries}; {sides} needs at least {least}")
-    return {"two-sided": 2 * queries, "one-sided": queries + 1, "leave-one-out": queries}[sides]
+    return {"two-sided": 2 * queries, "one-sided": queries + 1}.get(sides, queries)
 
 
 def group_sigmas(sides: str, queries: int, sigma: float) -> Tensor:
@@ -59,7 +62,8 @@ def group_sigmas(sides: str, queries: int, sigma: float) -> Tensor:
 def contrasts(losses: Tensor, sides: str, queries: int) -> Tensor:
     """What each query saw, float64 [S]: f+ - f-, f_j - f_0 or f_j - mean(f), differenced per example, then averaged.
 
-    losses: float64 [G] or [G, B], groups in the order of `group_sigmas`. Raises ValueError for another G or dtype.
+    losses: float64 [G] or [G, B], groups in the order of `group_sigmas`; for "tangent" their derivatives. Raises
+    ValueError for another G or dtype.
     """
     groups = group_count(sides, queries)
     if losses.dim() not in (1, 2) or losses.shape[0] != groups or losses.dtype != torch.float64:
@@ -69,10 +73,12 @@ def contrasts(losses: Tensor, sides: str, queries: int) -> Tensor:
         )
     table = losses.reshape(groups, -1)
     if sides == "two-sided":
-        difference = table[0::2] - table[1::2]
-    else:
-        difference = table[1:] - table[:1] if sides == "one-sided" else table - table.mean(dim=0)
-    return difference.mean(dim=1)
+        table = table[0::2] - table[1::2]
+    elif sides == "one-sided":
+        table = table[1:] - table[:1]
+    elif sides == "leave-one-out":
+        table = table - table.mean(dim=0)
+    return table.mean(dim=1)
 
 
 def _std(d: Tensor, clip: float) -> Tensor:
@@ -112,7 +118,7 @@ def weights(
     """
     check(sides, queries, scaling, clip)
     difference = contrasts(losses, sides, queries)
-    unit = {"two-sided": 0.5, "one-sided": 1.0, "leave-one-out": queries / max(queries - 1, 1)}[sides] / sigma
+    unit = {"two-sided": 0.5, "leave-one-out": queries / max(queries - 1, 1)}.get(sides, 1.0) / sigma
     return SCALINGS[scaling](difference * unit, clip) / queries
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import native, ops  # ops registers torch.ops.zoact
 from .cuda_ops import Cuda
@@ -34,6 +35,7 @@ class Perturbation:
     groups: int
     noise: str
     leading: tuple[int, ...]  # sizes that the leading dimension of a layer's x may have; () = any multiple of groups
+    tangent: bool  # the noise is the tangent of what it else is added to (room `tangent`)
 
     def __init__(self) -> None:
         self.active = False
@@ -42,6 +44,7 @@ class Perturbation:
         self.groups = 1
         self.noise = "normal"
         self.leading = ()
+        self.tangent = False
 
     def set(self, seeds: Tensor, sigmas: Tensor, noise: str, leading: tuple[int, ...]) -> None:
         if seeds.dtype != torch.int64 or seeds.dim() != 1:
@@ -105,7 +108,7 @@ def group_values(
 ) -> Tensor:
     """value + sum_s sigmas[g, s] Z_s of every row group g, fp32 [groups, *value.shape]: a copy each, so for vectors.
 
-    Differentiable in sigmas that ask for it.
+    Differentiable in sigmas that ask for it. Where the noise is a tangent: value, with the sum as its tangent.
     """
     if sigmas.requires_grad:
         one = torch.eye(len(p.seeds), device=sigmas.device)
@@ -113,12 +116,13 @@ def group_values(
         if mask.kind == "magnitude" and mask.value is not None:  # zeros pass it
             z = z * (value.detach().abs() <= mask.value)
         return value.detach().float() + torch.tensordot(sigmas, z, 1)
-    moved = value.detach().float().expand(sigmas.shape[0], *value.shape).clone(memory_format=torch.contiguous_format)
+    clean = value.detach().float().expand(sigmas.shape[0], *value.shape).clone(memory_format=torch.contiguous_format)
+    moved = torch.zeros_like(clean) if p.tangent else clean
     for row, own in zip(moved, sigmas, strict=True):
         torch.ops.zoact.zo_perturb_(
             row.view(1, -1), p.seeds, own, param_id, None, None, mask.value, mask.seed, None, p.noise, mask.kind
         )
-    return moved
+    return forward_ad.make_dual(clean, moved) if p.tangent else moved
 
 
 def scaled(sigmas: Tensor, factor: Tensor | None) -> Tensor:

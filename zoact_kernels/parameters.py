@@ -159,7 +159,7 @@ def perturb(module: nn.Module, name: str, ids: dict[str, Tensor], perturbation: 
     """
     # A subclass with a forward of its own may do more than look up or multiply, so it runs as it is.
     mixin = next((m for kind, m in MIXINS.items() if getattr(type(module), "forward", None) is kind.forward), ZOVector)
-    module.__class__ = _mixture(mixin, type(module))  # type: ignore[arg-type]  # mypy: classes do not hash
+    module.__class__ = mixture(mixin, type(module))  # type: ignore[arg-type]  # mypy: classes do not hash
     assert isinstance(module, Perturbed)
     module.perturbation, module.zo_name, module.zo_ids = perturbation, name, ids
     module.zo_masks, module.zo_factors, module.zo_scales = {}, {}, {}
@@ -169,7 +169,7 @@ MIXINS: dict[type[nn.Module], type[Perturbed]] = {nn.Embedding: ZOEmbedding, nn.
 
 
 @functools.cache
-def _mixture(mixin: type[Perturbed], kind: type[nn.Module]) -> type[nn.Module]:
+def mixture(mixin: type[Perturbed], kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"{mixin.__name__}({kind.__name__})", (mixin, kind), {"__module__": __name__})
 
 

@@ -454,21 +454,26 @@ class ZeroOrder:
         groups = len(radii.host)
         if self.mode == "stacked":
             leading = tuple(groups * size for size in rows)
-            with perturbed(self.model, self._seeds, radii.device * shrink, self.noise, leading):
+            seeds, sigmas = self._noises(radii, slice(None))
+            with perturbed(self.model, seeds, sigmas * shrink, self.noise, leading):
                 losses = _losses(evaluate(groups), groups)
             yield losses
             return
         examples = 0
-        for g, row in enumerate(radii.host):
-            used = row.nonzero().flatten().tolist() or [0]  # of the other seeds this group needs no noise
-            seeds = torch.cat([self._seeds[s : s + 1] for s in used])
-            sigmas = torch.cat([radii.device[g : g + 1, s : s + 1] for s in used], dim=1)
+        for g in range(groups):
+            seeds, sigmas = self._noises(radii, slice(g, g + 1))
             with perturbed(self.model, seeds, sigmas * shrink, self.noise, rows):
                 losses = _losses(evaluate(1), 1)
             if examples not in (0, losses.numel()):
                 raise ValueError(f"a group has {losses.numel()} losses, another {examples}; all see the same batch")
             examples = losses.numel()
             yield losses
+
+    def _noises(self, radii: Radii, groups: slice) -> tuple[Tensor, Tensor]:
+        """Seeds [S'] that some of `groups` have at all, one at least, and their radii [groups, S'], on the device."""
+        used = radii.host[groups].any(dim=0).nonzero().flatten().tolist() or [0]
+        seeds = torch.cat([self._seeds[s : s + 1] for s in used])
+        return seeds, torch.cat([radii.device[groups, s : s + 1] for s in used], dim=1)
 
     def _signal(self, losses: Tensor) -> float:
         return float(estimators.contrasts(losses, self.sides, self.queries).abs().mean())

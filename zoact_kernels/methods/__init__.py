@@ -6,6 +6,9 @@
     sparse-mezo, zo-sparse   MeZO under a mask by magnitude, or by chance               arXiv 2402.15751, 2402.11592
     zo-sign, zo-momentum, zo-adam   MeZO with another rule                              arXiv 2402.11592
     lozo, lozo-m   U V^T, V renewed now and then, SGD or momentum in the factor         arXiv 2410.07698
+    forward-gradient, forward-gradient-dense   ZO-Act and MeZO by exact derivatives     arXiv 2402.11592
+    mezo-gv, mezo-gv-history, mezo-greedy   MeZO along sums of noises that a pool ranks  arXiv 2601.04710
+    zo-act-gv, zo-act-greedy   the same over C                                          arXiv 2601.04710
     qzo      the scales of a low-bit model, clipped differences                          arXiv 2505.13430
     zo-finetuner   MeZO, the noise of each tensor scaled by a learned net               arXiv 2510.00419
     subzero  U Z V^T, U and V orthonormal and renewed now and then, SGD                 arXiv 2410.08989
@@ -29,7 +32,9 @@ from .dense import FZOO, MeZO, SparseMeZO, ZOAdam, ZOMomentum, ZOSign, ZOSparse
 from .lora import PRGE, MeZOLoRA, MeZOPrefix
 from .learned import ZOFinetuner
 from .low_rank import LOZO, LOZOM, SubZero
+from .prior import MeZOGreedy, MeZOGV, MeZOGVHistory, ZOActGreedy, ZOActGV
 from .scales import QZO
+from .tangent import ForwardGradient, ForwardGradientDense
 
 __all__ = [
     "METHODS",
@@ -65,6 +70,13 @@ METHODS: dict[str, type[ZeroOrder]] = {
         MeZOPrefix,
         PRGE,
         AGZO,
+        ForwardGradient,
+        ForwardGradientDense,
+        MeZOGV,
+        MeZOGVHistory,
+        MeZOGreedy,
+        ZOActGV,
+        ZOActGreedy,
     )
 }
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from .hardware import bench, explain, tune
 from .runs import demo, export, finetune, methods, replay
+from .study import study
 from .terminal import Display, console
 
 __all__ = ["Display", "app", "main"]
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune low-bit language models by forward passes only. --debug shows tracebacks.",
 )
-for command in (finetune, replay, export, methods, explain, tune, bench, demo):
+for command in (finetune, replay, export, methods, explain, tune, bench, demo, study):
     app.command()(command)
 
 

@@ -1,13 +1,13 @@
-"""What people look at, made from the log alone: metrics.csv and curve.png."""
+"""What people look at, made from the log alone: metrics.csv and curve.png; and panels of lines."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -104,3 +104,46 @@ def _running_mean(values: np.ndarray, share: float = 0.05) -> np.ndarray:
 def _standard_error(values: np.ndarray) -> float:
     """Of the mean of `values`; 0 for a single one."""
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+class Line(NamedTuple):
+    """x, y [n]; error: half a bar at each point, or None; strong: thick and opaque."""
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    error: np.ndarray | None
+    strong: bool
+
+
+def draw_panels(
+    panels: Sequence[tuple[str, str, Sequence[Line]]], path: Path, *, columns: int = 2, title: str = ""
+) -> None:
+    """Panels (label of x, label of y, lines) side by side, one legend for all, written whole to `path`.
+
+    The same lines give the same bytes (of one version of matplotlib). Raises ImportError: matplotlib is missing.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.5 * columns, 3.8 * rows), dpi=90, layout="constrained")
+    FigureCanvasAgg(figure)
+    colours: dict[str, Any] = {}
+    for index, (x_label, y_label, lines) in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.grid(alpha=0.25)
+        for line in lines:
+            colour = colours.setdefault(line.name, f"C{len(colours) % 10}")
+            style = "-" if list(colours).index(line.name) < 10 else "--"
+            look = {"color": colour, "linestyle": style, "linewidth": 2.2 if line.strong else 1.0}
+            look |= {"alpha": 1.0 if line.strong else 0.7, "label": line.name, "marker": ".", "markersize": 4}
+            axes.errorbar(line.x, line.y, line.error, capsize=2, **look)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=7)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))

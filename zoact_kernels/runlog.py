@@ -185,7 +185,7 @@ class RunLog:
         path = directory / "run.sqlite"
         with writing(str(directory)):
             (directory / "snapshots").mkdir(parents=True, exist_ok=True)
-        lock = _acquire(directory)
+        lock = acquire(directory)
         try:
             if path.exists():
                 raise RunError(f"{directory} holds a run already; continue it with --resume, or choose another --out")
@@ -219,7 +219,7 @@ class RunLog:
         path = directory / "run.sqlite"
         if not path.exists():
             raise RunError(f"{directory} holds no run (there is no {path})")
-        lock = _acquire(directory) if write else None
+        lock = acquire(directory) if write else None
         try:
             log = cls(directory, _connect(path), lock)
             if write:
@@ -376,7 +376,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         raise RunError(f"{path} can't be read as a run log: {error}") from error
 
 
-def _acquire(directory: Path) -> sqlite3.Connection:
+def acquire(directory: Path) -> sqlite3.Connection:
     """An exclusive lock on `directory`: a second SQLite file held in a transaction, which works on every system."""
     path = directory / "lock"
     with writing(str(path)):

@@ -16,6 +16,7 @@ from rich.console import Console
 from .hardware import bench, explain, tune
 from .learning import learn_perturbations
 from .runs import demo, export, finetune, methods, replay
+from .study import study
 from .terminal import Display, console
 
 __all__ = ["Display", "app", "main"]
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune low-bit language models by forward passes only. --debug shows tracebacks.",
 )
-for command in (finetune, replay, export, methods, explain, tune, bench, demo, learn_perturbations):
+for command in (finetune, replay, export, methods, explain, tune, bench, demo, learn_perturbations, study):
     app.command()(command)
 
 

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 from .base import Trainable, untied_layers
 from .factors import Coefficients, Core, LowRank, coefficients, low_rank
+from .inputs import AlongInputs
 from .lora import LoraA, LoraB, loras, set_aside
 from .prefix import Prefix, PrefixTensor, prefix_of, prefixes
-from .inputs import AlongInputs
 from .scale import Scales, scales
 from .weight import Weight, weights
 

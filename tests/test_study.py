@@ -1,0 +1,390 @@
+"""The study on a tiny random model: a queue that survives, statistics by hand, a report made of rows alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_model import LABELS, PROMPT, make_model_dir, write_examples
+
+from zoact_kernels import demo
+from zoact_kernels.data import Task, read
+from zoact_kernels.integrations.transformers import load_model
+from zoact_kernels.layers import zo_layers
+from zoact_kernels.losses import group_losses
+from zoact_kernels.study import measures, meter, plan, report, rows, settings, work
+from zoact_kernels.study.plan import Row, Run, Set
+from zoact_kernels.study.queue import ATTEMPTS, Queue
+from zoact_kernels.study.statistics import expected_cosine, interval, seed_interval, t_quantile
+from zoact_kernels.swap import ZOConfig
+
+TINY = Set("tiny", "tiny", "colours", ("zo-act", "lozo", "qzo", "adam on C", "lora by adam"), 200, 320, 10.0, 1)
+
+
+def install(folder: Path) -> None:
+    """The tiny model and its task among those of the study; TINY as its only set."""
+    if not (folder / "model").exists():
+        make_model_dir(folder / "model")
+        for name, count, start in (("train", 64, 0), ("validation", 12, 64), ("held_out", 20, 80)):
+            write_examples(folder / f"{name}.csv", count, start)
+
+    def load(task: Task, dtype: torch.dtype, seed: int) -> tuple[Any, Any]:
+        loaded = load_model(folder / "model", ZOConfig(format="dense", rank=0, layout="row"), dtype=dtype)
+        return loaded.model, loaded.tokenizer
+
+    def examples(where: Path) -> demo.Demo:
+        task = Task("colours", PROMPT, LABELS)
+        return demo.Demo(task, *(read(folder / f"{part}.csv", task) for part in ("train", "validation", "held_out")))
+
+    settings.LOADERS["tiny"] = load
+    demo.DEMOS["colours"] = examples
+    demo._folder = lambda: folder
+    for room in (plan, work, report):
+        room.sets = lambda: (TINY,)
+    plan.MEASURES = ()
+
+
+def patched(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """`install` for the time of a test, with two rates and two seeds."""
+    torch.set_num_threads(1)
+    for room, name in ((plan, "sets"), (work, "sets"), (report, "sets"), (plan, "MEASURES"), (demo, "_folder")):
+        patch.setattr(room, name, getattr(room, name))
+    patch.setitem(settings.LOADERS, "tiny", None)
+    patch.setitem(demo.DEMOS, "colours", None)
+    patch.setattr(plan, "EXTENSIONS", 0)
+    patch.setattr(plan, "SEEDS", (0, 1))
+    patch.setattr(plan, "GRID", plan.GRID[1:3])
+    install(folder)
+
+
+@pytest.fixture
+def tiny(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.getbasetemp() / "study"
+    patched(monkeypatch, folder)
+    return folder
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (5, 2.57058), (30, 2.04227), (1000, 1.96234)]
+)
+def test_t_quantile(freedom: int, quantile: float) -> None:
+    """The printed tables, 97.5 %."""
+    assert t_quantile(0.975, freedom) == pytest.approx(quantile, rel=3e-6)
+
+
+def test_t_quantile_of_a_fraction_lies_between() -> None:
+    assert t_quantile(0.975, 3) < t_quantile(0.975, 2.5) < t_quantile(0.975, 2)
+    assert t_quantile(0.95, 4) == pytest.approx(2.131847, rel=3e-6)
+    with pytest.raises(ValueError, match="freedom"):
+        t_quantile(0.975, 0.5)
+
+
+def test_seed_interval() -> None:
+    """Three seeds: mean 2, s = 1, t(2) s / sqrt(3)."""
+    found = seed_interval(np.array([1.0, 2.0, 3.0]))
+    assert found.mean == 2 and found.half == pytest.approx(4.30265 / math.sqrt(3), rel=1e-5)
+    assert math.isnan(seed_interval(np.array([1.0])).half)
+
+
+def test_interval_over_seeds_and_examples() -> None:
+    """2 seeds x 4 examples by hand."""
+    table = np.array([[1, 1, 0, 1], [1, 0, 0, 0]])
+    v_s = ((0.75 - 0.5) ** 2 + (0.25 - 0.5) ** 2) / 1 / 2  # means 0.75, 0.25
+    v_e = (0.25 + 0 + 0.25 + 0) / 3 / 4  # means 1, 1/2, 0, 1/2
+    freedom = (v_s + v_e) ** 2 / (v_s**2 / 1 + v_e**2 / 3)
+    found = interval(table)
+    assert found.mean == 0.5 and found.seeds == 2
+    assert found.half == pytest.approx(t_quantile(0.975, freedom) * math.sqrt(v_s + v_e), rel=1e-12)
+    assert interval(np.ones((3, 5))).half == 0
+    assert math.isnan(interval(np.ones((1, 5))).half)
+
+
+def test_a_paired_difference_is_narrower() -> None:
+    """The same examples are easy for both; what differs is one example of ten."""
+    a = np.tile(np.array([1, 0] * 5), (3, 1)).astype(float)
+    b = a.copy()
+    b[:, 0] = 0
+    paired, single = interval(a - b), interval(a)
+    assert paired.mean == pytest.approx(0.1) and paired.half < single.half
+    assert paired.half == pytest.approx(t_quantile(0.975, 9) * 0.1, rel=1e-9)  # examples alone: sd 0.316 / sqrt(10)
+
+
+# --- queue ------------------------------------------------------------------------------------------------------------
+
+RUNS = [(2, Run("s", "cost", "b")), (1, Run("s", "cost", "a")), (3, Run("s", "sweep", "a", 1e-3, 100, 50))]
+
+
+def test_the_queue_hands_out_in_order_and_keeps_what_it_is_told(tmp_path: Path) -> None:
+    with Queue(tmp_path) as queue:
+        assert queue.add(RUNS) == 3 and queue.add(RUNS) == 0
+        first = queue.claim()
+        assert first is not None and first.run == RUNS[1][1] and first.attempts == 1
+        queue.finish(first, {"x": 1})
+        first.close()
+        second = queue.claim()
+        assert second is not None and second.run == RUNS[0][1]
+        queue.fail(second, "no such thing")
+        second.close()
+        assert queue.claim(["other"]) is None
+        third = queue.claim(["s/sweep"])
+        assert third is not None
+        queue.give_back(third)
+        third.close()
+    with Queue(tmp_path) as queue:
+        known = queue.rows()
+        assert [row.state for row in known.values()] == ["done", "failed", "waiting"]
+        done, failed, _ = known.values()
+        assert done.result == {"x": 1} and failed.reason == "no such thing"
+        assert queue.retry() == 1 and queue.rows()["s/cost/b/s0/0"].state == "waiting"
+        again = queue.claim(["s/sweep"])
+        assert again is not None and again.attempts == 1  # what was given back was no attempt
+        again.close()
+
+
+def test_two_workers_never_get_the_same_run(tmp_path: Path) -> None:
+    with Queue(tmp_path) as one, Queue(tmp_path) as other:
+        one.add(RUNS)
+        claims = [one.claim(), other.claim(), one.claim()]
+        assert len({claim.run.id for claim in claims if claim}) == 3
+        assert other.claim() is None and one.claim() is None
+        assert one.others_at_work() and not one.others_at_work(["elsewhere"])
+        for claim in claims:
+            assert claim is not None
+            claim.close()
+        assert not one.others_at_work()
+
+
+def test_a_run_whose_worker_is_gone_is_taken_up_and_given_up_in_the_end(tmp_path: Path) -> None:
+    with Queue(tmp_path) as queue:
+        queue.add(RUNS[:1])
+        for attempt in range(1, ATTEMPTS + 1):
+            claim = queue.claim()
+            assert claim is not None and claim.attempts == attempt
+            claim.close()  # as the system does for a process that ends: nothing was said to the queue
+        assert queue.claim() is None
+        (row,) = queue.rows().values()
+        assert row.state == "failed" and f"{ATTEMPTS} times" in row.reason
+
+
+def test_plan_is_idempotent_and_grows_with_what_is_known(tiny: Path, tmp_path: Path) -> None:
+    with Queue(tmp_path) as queue:
+        assert queue.add(plan.due(queue.rows())) == len(TINY.contenders) + 1
+        assert queue.add(plan.due(queue.rows())) == 0
+        cost = Run("tiny", "cost", "zo-act")
+        queue.adopt([Row(Run("tiny", "final", "untrained"), "done", {})])  # is there already, waiting
+        assert queue.rows()["tiny/final/untrained/s0/0"].state == "waiting"
+        known = {cost.id: Row(cost, "done", {})}
+        sweep = [run for _, run in plan.due(known) if run.stage == "sweep"]
+        assert [run.lr for run in sweep] == [3.16e-4, 1e-3]
+
+
+def sweep_of(losses: dict[float, float | None]) -> dict[str, Row]:
+    cost = Run("tiny", "cost", "zo-act")
+    known = {cost.id: Row(cost, "done", {})}
+    for lr, loss in losses.items():
+        run = Run("tiny", "sweep", "zo-act", lr, plan.SWEEP_SEED, TINY.sweep)
+        known[run.id] = Row(run, "done" if loss is not None else "failed", {"curve": [[0, 0, 0, loss, 0]]})
+    return known
+
+
+def test_the_grid_grows_while_the_best_is_an_end() -> None:
+    who = plan.contender("zo-act")
+    inside = sweep_of({1e-4: 3.0, 3.16e-4: 1.0, 1e-3: 2.0, 3.16e-3: None})
+    assert plan.chosen(TINY, who, inside) == (3.16e-4, False)
+    end = sweep_of({1e-4: 3.0, 3.16e-4: 2.5, 1e-3: 2.0, 3.16e-3: 1.0})
+    assert plan.chosen(TINY, who, end) == (None, False)
+    assert [run.lr for run in plan.grid(TINY, who, end)][-1] == 1e-2
+    longer = end | sweep_of({1e-2: 0.9, 3.16e-2: 0.8, 1e-1: 0.7, 3.16e-1: 0.6})
+    assert plan.chosen(TINY, who, longer) == (0.316, True)  # EXTENSIONS of them, then it says so
+    finals = [run for _, run in plan.due(longer, [TINY]) if run.stage == "final" and run.contender == "zo-act"]
+    assert [run.seed for run in finals] == list(plan.SEEDS) and {run.lr for run in finals} == {0.316}
+    hopeless = sweep_of({1e-4: None, 3.16e-4: None, 1e-3: None, 3.16e-3: None})
+    assert plan.chosen(TINY, who, hopeless) == (None, False)
+    assert not [run for _, run in plan.due(hopeless, [TINY]) if run.stage == "final" and run.contender == "zo-act"]
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(queue, rows) of the whole tiny study."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patched(patch, tmp_path_factory.getbasetemp() / "study")
+        with Queue(folder / "queue") as queue:
+            work.work(queue)
+            rows.write(folder / "rows", queue.rows())
+    return folder / "queue", folder / "rows"
+
+
+def test_a_whole_study(finished: tuple[Path, Path]) -> None:
+    """qzo can't train a dense model, and says so; all else has a sweep, two seeds and a test."""
+    with Queue(finished[0]) as queue:
+        known = queue.rows()
+    failed = {key: row.reason for key, row in known.items() if row.state == "failed"}
+    assert list(failed) == ["tiny/cost/qzo/s0/0"] and "no scales" in failed["tiny/cost/qzo/s0/0"]
+    assert not [row for row in known.values() if row.state in ("waiting", "running")]
+    for name in ("zo-act", "lozo", "adam on C", "lora by adam"):
+        assert len([row for row in known.values() if (row.run.stage, row.run.contender) == ("final", name)]) == 2
+    costs = {row.run.contender: row.result for row in known.values() if row.run.stage == "cost" and row.result}
+    assert costs["zo-act"]["forwards_per_step"] == 32 and costs["lozo"]["setup_forwards"] == 0
+    assert costs["zo-act"]["setup_forwards"] == 16 * (
+        1 + 2 * 8
+    )  # who shares an input; two batches, seven passes, energy
+    assert costs["adam on C"]["forwards_per_step"] == costs["lora by adam"]["forwards_per_step"] == 48
+    for row in known.values():
+        if row.run.stage == "final" and row.run.contender == "lozo":
+            steps = row.result["steps"]
+            assert steps == TINY.final // 32 and row.result["curve"][-1][:2] == [steps, 32 * steps]
+            assert work.hits(row.result["test"]).mean() == pytest.approx(row.result["test"]["accuracy"])
+    assert not list((finished[0] / "runs").iterdir())
+
+
+def test_the_report_is_made_of_the_rows_alone(finished: tuple[Path, Path], tiny: Path, tmp_path: Path) -> None:
+    texts = []
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in rows.FILES:
+            (folder / file).write_bytes((finished[1] / file).read_bytes())
+        report.write(folder)
+        rows.write(folder, {})  # nothing is lost by writing them again
+        texts.append({path.name: path.read_bytes() for path in sorted(folder.iterdir())})
+    assert texts[0] == texts[1] and set(texts[0]) == {*rows.FILES, "report.md", "curve-tiny.png"}
+    told = texts[0]["report.md"].decode()
+    assert "zo-act beats lozo:" in told and "failed: tiny/cost/qzo/s0/0" in told and "| untrained |" in told
+    for line in texts[0]["runs.jsonl"].decode().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_study
+from zoact_kernels.study import work, plan
+from zoact_kernels.study.queue import Queue
+test_study.install(Path({folder!r}))
+with Queue(Path({queue!r})) as queue:
+    work.work(queue, only=["tiny/final/lozo"], said=lambda text: print(text, flush=True))
+"""
+
+
+def test_kill_dash_nine(finished: tuple[Path, Path], tiny: Path, tmp_path: Path) -> None:
+    """A worker dies in the middle of a run; the next one goes on from its log and comes to the very same row."""
+    long = Run("tiny", "final", "lozo", 1e-5, 7, 32 * 150)
+    known = {row.run.id: row for row in rows.read(finished[1])}
+    script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tiny), queue=str(tmp_path / "killed"))
+    with Queue(tmp_path / "killed") as queue, Queue(tmp_path / "whole") as whole:
+        for place in (queue, whole):
+            place.adopt([row for row in known.values() if row.run.stage == "cost"])
+            place.add([(-1, long)])
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        worker = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+        log = queue._place(long.id) / "log" / "metrics.csv"
+        end = time.monotonic() + 60
+        while time.monotonic() < end and not (log.exists() and log.read_text().count("\n") > 30):
+            time.sleep(0.02)
+        worker.send_signal(signal.SIGKILL)
+        worker.wait()
+        assert queue.rows()[long.id].state == "running" and not queue.others_at_work()
+        for place in (queue, whole):
+            assert work.work(place, only=[long.id]) == 1
+        found, wanted = (place.rows()[long.id].result for place in (queue, whole))
+        assert found["steps"] == 150 and found["test"] == wanted["test"]
+        assert [point[3:] for point in found["curve"]] == [point[3:] for point in wanted["curve"]]
+
+
+def test_time_that_is_up_pauses_a_run(finished: tuple[Path, Path], tiny: Path, tmp_path: Path) -> None:
+    long = Run("tiny", "final", "lozo", 1e-5, 7, 32 * 40)
+    with Queue(tmp_path) as queue:
+        queue.adopt([row for row in rows.read(finished[1]) if row.run.stage == "cost"])
+        queue.add([(-1, long)])
+        claim = queue.claim([long.id])
+        assert claim is not None
+        with pytest.raises(work.Stopped):
+            work.perform(claim, TINY, queue.rows(), time.monotonic())
+        queue.give_back(claim)
+        claim.close()
+        assert queue.rows()[long.id].state == "waiting"
+        assert work.work(queue, only=[long.id]) == 1
+        assert queue.rows()[long.id].result["steps"] == 40
+
+
+# --- meter and measures -----------------------------------------------------------------------------------------------
+
+
+def test_the_meter_counts_blocks(tiny: Path) -> None:
+    setting = settings.load("tiny", "colours")
+    batch = setting.training.dataset.batch(range(5))
+    counted = meter.Meter(setting.model)
+    group_losses(setting.model, batch, 3)
+    assert counted.forwards == 15
+    counted.paused = True
+    group_losses(setting.model, batch)
+    counted.paused = False
+    hidden = torch.randn(4, 3, 48)
+    positions = setting.model.model.rotary_emb(hidden, torch.arange(3)[None])
+    setting.model.model.layers[1](hidden, position_embeddings=positions)  # the second of two blocks alone
+    assert counted.forwards == 17
+    settings.give_basis(setting, 1, work.recipe_of(plan.contender("zo-act"), lr=1.0, steps=1, seed=0))
+    before = counted.forwards
+    group_losses(setting.model, batch, grad=True).mean().backward()
+    assert counted.forwards == before + 15
+    counted.close()
+    group_losses(setting.model, batch)
+    assert counted.forwards == before + 15
+
+
+def test_cosines_are_as_theory_has_them() -> None:
+    """A gradient of low rank and one of full rank, a basis that holds a part of it; prime sizes."""
+    torch.manual_seed(3)
+    basis = torch.linalg.qr(torch.randn(31, 2)).Q
+    for gradient in (torch.randn(23, 3) @ torch.randn(3, 31), torch.randn(23, 31)):
+        for structure, draws, seen, error, theory, dense in measures.cosines(gradient, 17, basis, 400):
+            assert draws == 400 and abs(seen - theory) < 4 * error, structure
+            if structure == "dense":
+                assert theory == pytest.approx(dense) == pytest.approx(expected_cosine(23 * 31), rel=1e-4)
+            if structure == "right":
+                inside = float((gradient @ basis).norm() / gradient.norm())
+                assert theory == pytest.approx(inside * expected_cosine(46), rel=1e-4)
+
+
+def test_expected_cosine() -> None:
+    """E|cos| in one dimension is 1, in two 2 / pi, in three 1 / 2; far out sqrt(2 / (pi d))."""
+    assert [expected_cosine(d) for d in (1, 2, 3)] == pytest.approx([1, 2 / math.pi, 0.5])
+    assert expected_cosine(1e6) == pytest.approx(math.sqrt(2 / (math.pi * 1e6)), rel=1e-6)
+
+
+def test_gradients_and_derivatives_agree(tiny: Path) -> None:
+    """What two forwards see is the product of the direction with the gradient in C, which is grad W times A."""
+    setting = settings.load("tiny", "colours")
+    layers = zo_layers(setting.model)
+    settings.give_basis(setting, 2, work.recipe_of(plan.contender("zo-act"), lr=1.0, steps=1, seed=0))
+    batch = setting.training.dataset.batch(range(6))
+    table = measures.derivatives(setting.model, batch, (1e-2,), 6)
+    seen, exact = np.array([row[2] for row in table]), np.array([row[3] for row in table])
+    assert np.abs(seen - exact).max() < 0.05 * np.abs(exact).max()
+    coeffs = {name: layer.coeff for name, layer in layers.items() if layer.coeff is not None}
+    bases = {name: layers[name].basis for name in coeffs}
+    inner = torch.autograd.grad(group_losses(setting.model, batch, grad=True).mean(), list(coeffs.values()))
+    whole = measures.gradients(settings.plain(setting), [batch], coeffs)
+    for name, part in zip(coeffs, inner, strict=True):
+        wanted = whole[name] @ bases[name]
+        assert torch.allclose(part, wanted, atol=1e-5 * float(wanted.abs().max()) + 1e-7)
+    shares = measures.shares(whole[name], torch.eye(whole[name].shape[1]), (1, whole[name].shape[1]))
+    assert 0 <= shares[0] < shares[1] == 1

@@ -1,0 +1,83 @@
+"""What forward passes alone are measured against: Adam with gradients of the same losses on the same batches.
+
+adam-on-c   C of every layer on the activation basis, as ZO-Act has it
+lora        both factors of a LoRA by peft: rank 8, alpha 16, all linears of the blocks; a new head whole
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import zo_layers
+from ..losses import group_losses
+from ..trainer import Recipe
+from .settings import HEAD, Setting, give_basis, plain
+
+LORA_RANK, LORA_ALPHA = 8, 16
+
+
+@dataclass
+class FirstOrder:
+    """A model whose `parameters` Adam moves, one `step` a batch."""
+
+    model: nn.Module
+    parameters: list[nn.Parameter]
+    adam: torch.optim.Adam
+
+    @property
+    def state_bytes(self) -> int:
+        """What is trained, its gradients and its moments."""
+        return 4 * sum(p.numel() * p.element_size() for p in self.parameters)
+
+    def step(self, batch: Any) -> Tensor:
+        """Losses [B] of the batch before the step."""
+        losses = group_losses(self.model, batch, grad=True)[0]
+        self.adam.zero_grad(set_to_none=True)
+        losses.mean().backward()
+        self.adam.step()
+        return losses.detach()
+
+
+def _on_c(setting: Setting, rank: int, recipe: Recipe) -> tuple[nn.Module, list[nn.Parameter]]:
+    give_basis(setting, rank, recipe)
+    found = [layer.coeff for layer in zo_layers(setting.model).values() if layer.coeff is not None]
+    return setting.model, found
+
+
+def _lora(setting: Setting, rank: int, recipe: Recipe) -> tuple[nn.Module, list[nn.Parameter]]:
+    from peft import LoraConfig, get_peft_model
+
+    model = plain(setting)
+    head = [HEAD] if hasattr(model, HEAD) else []
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    inner = [name for name in linears if name not in (HEAD, "lm_head")]
+    config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=inner, modules_to_save=head or None)
+    torch.manual_seed(recipe.seed)  # peft draws A from the global generator
+    adapted: nn.Module = get_peft_model(model, config).eval()
+    return adapted, [p for p in adapted.parameters() if p.requires_grad]
+
+
+BOUNDS: dict[str, Callable[[Setting, int, Recipe], tuple[nn.Module, list[nn.Parameter]]]] = {
+    "adam-on-c": _on_c,
+    "lora": _lora,
+}
+
+
+def begin(name: str, setting: Setting, rank: int, recipe: Recipe) -> FirstOrder:
+    """recipe: its seed, lr and batches; the method that it names is not used."""
+    model, parameters = BOUNDS[name](setting, rank, recipe)
+    return FirstOrder(model, parameters, torch.optim.Adam(parameters, lr=recipe.lr))
+
+
+def steps(bound: FirstOrder, setting: Setting, recipe: Recipe) -> Iterator[float]:
+    """Take the recipe's steps; seconds of each."""
+    for step in range(recipe.steps):
+        start = time.perf_counter()
+        bound.step(setting.training.batch_at(recipe, step))
+        yield time.perf_counter() - start

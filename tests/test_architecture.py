@@ -19,7 +19,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = """
     rng layouts quantizers formats directions reference workspace triton_ops native cpu_ops cuda_ops dispatch
     autograd ops layers parameters tangent embedding integrations.bitsandbytes swap activations basis estimators optim
-    trainables fork zeroth_order methods losses step_graph memory backend runlog plots trainer replay distributed data
+    trainables fork tail zeroth_order methods losses step_graph memory backend runlog plots trainer replay distributed data
     demo integrations finetune learning study cli __main__
 """.split()
 

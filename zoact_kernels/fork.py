@@ -46,8 +46,8 @@ class Fork:
 
     def __init__(self, model: nn.Module, first: int | None = None, cache_bytes: int = 0) -> None:
         self.model, self.name, self.blocks = model, *find_blocks(model)
-        self.body = _body(model, self.name)
-        _check_compiled(model, self.blocks)
+        self.body = body_of(model, self.name)
+        check_compiled(model, self.blocks)
         self.handle = perturbation_of(model)
         self.cache = Cache(cache_bytes) if cache_bytes else None
         self.remember = True
@@ -96,11 +96,11 @@ class Fork:
         where a perturbed module runs before the fork, or, with a cache, for batches not padded on the right.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_running(self.body, self._run_body))
+            stack.enter_context(running(self.body, self._run_body))
             for index, block in enumerate(self.blocks):
-                stack.enter_context(_running(block, functools.partial(self._run_block, index)))
+                stack.enter_context(running(block, functools.partial(self._run_block, index)))
             for name, module in self._watched.items():
-                stack.enter_context(_running(module, functools.partial(self._run_watched, name)))
+                stack.enter_context(running(module, functools.partial(self._run_watched, name)))
             yield
 
     def _first(self) -> int:
@@ -115,8 +115,8 @@ class Fork:
 
     def _run_body(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         active = self.handle.active
-        groups = self.handle.groups if active else 1
-        args, kwargs = _cut((args, kwargs), groups)
+        groups = self.handle.copies if active else 1
+        args, kwargs = cut((args, kwargs), groups)
         held = self._recall(forward, args, kwargs)
         call = self._call = _Call(groups, _sequences((args, kwargs)), active, held)
         self.handle.active = False
@@ -147,16 +147,16 @@ class Fork:
         call.next += 1
         if index < self.first:
             if call.held is not None:
-                return (_hidden(args, kwargs),) if self._tuples else _hidden(args, kwargs)
+                return (hidden_of(args, kwargs),) if self._tuples else hidden_of(args, kwargs)
             output = forward(*args, **kwargs)
             self._tuples = isinstance(output, tuple)
             self._extra |= self._tuples and any(part is not None for part in output[1:])
             return output
         if index == self.first:
-            call.hidden = _hidden(args, kwargs).detach() if call.held is None else call.held
+            call.hidden = hidden_of(args, kwargs).detach() if call.held is None else call.held
             if call.stops:
-                raise _Stop
-            args, kwargs = _with_hidden(args, kwargs, _repeat(call.hidden, call.groups))
+                raise Stop
+            args, kwargs = with_hidden(args, kwargs, _repeat(call.hidden, call.groups))
             self.handle.active = call.active
         args, kwargs = _mapped((args, kwargs), call.repeated)
         return forward(*args, **kwargs)
@@ -181,7 +181,7 @@ class Fork:
             return self._last[1]
         if self.cache is None:
             return None
-        ids, lengths = _right_padded(args, kwargs)
+        ids, lengths = right_padded(args, kwargs)
         rows = [self._sequence(forward, ids[s : s + 1, :n]) for s, n in enumerate(lengths)]
         held = rows[0].new_zeros(*ids.shape, rows[0].shape[-1])
         for own, row in zip(held, rows, strict=True):
@@ -200,7 +200,7 @@ class Fork:
         active, self.handle.active = self.handle.active, False
         try:
             forward(input_ids=ids, attention_mask=torch.ones_like(ids))
-        except _Stop:
+        except Stop:
             pass
         finally:
             self._call, self.handle.active = None, active
@@ -241,7 +241,7 @@ class Cache:
         self.bytes = 0
 
 
-class _Stop(BaseException):
+class Stop(BaseException):
     """Ends a forward at the fork. Not an Exception, so that no model's own handler swallows it."""
 
 
@@ -300,7 +300,7 @@ def _kind(module: nn.Module) -> type:
     return type(module).__bases__[1] if isinstance(module, Perturbed) else type(module)
 
 
-def _body(model: nn.Module, name: str) -> nn.Module:
+def body_of(model: nn.Module, name: str) -> nn.Module:
     """The innermost module around the blocks that looks tokens up; the model where none does."""
     parts = name.split(".")
     for depth in range(len(parts) - 1, -1, -1):
@@ -312,7 +312,7 @@ def _body(model: nn.Module, name: str) -> nn.Module:
     return model
 
 
-def _check_compiled(model: nn.Module, blocks: nn.ModuleList) -> None:
+def check_compiled(model: nn.Module, blocks: nn.ModuleList) -> None:
     within = set(blocks)
     for module in model.modules():
         compiled = "_orig_mod" in module._modules or module._compiled_call_impl is not None
@@ -321,7 +321,7 @@ def _check_compiled(model: nn.Module, blocks: nn.ModuleList) -> None:
 
 
 @contextlib.contextmanager
-def _running(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
+def running(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
     """Inside the block `module` runs as run(its forward, *args, **kwargs)."""
     own, forward = module.__dict__.get("forward"), module.forward
 
@@ -385,7 +385,7 @@ def _sequences(call: Call) -> int:
     return first.shape[0]
 
 
-def _cut(call: Call, groups: int) -> Call:
+def cut(call: Call, groups: int) -> Call:
     """One copy of a batch that is `groups` copies."""
     if groups == 1:
         return call
@@ -405,7 +405,7 @@ def _cut(call: Call, groups: int) -> Call:
     return cut
 
 
-def _right_padded(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, list[int]]:
+def right_padded(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, list[int]]:
     """(ids [B, T], tokens of each sequence) of a body's call that says nothing else; ValueError for others."""
     ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
     tensors = [t for t in _tensors((args, kwargs)) if t is not ids and t is not mask]
@@ -429,10 +429,10 @@ def _repeat(x: Tensor, groups: int) -> Tensor:
     return x.repeat(groups, *(1 for _ in x.shape[1:]))
 
 
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     return hidden
 
 
-def _with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> Call:
+def with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> Call:
     return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})

@@ -34,6 +34,7 @@ class Perturbation:
     sigmas: Tensor  # fp32 [G, S]
     groups: int
     noise: str
+    copies: int  # of the batch that a forward is given: `groups`, or fewer where groups share one between them
     leading: tuple[int, ...]  # sizes that the leading dimension of a layer's x may have; () = any multiple of groups
     tangent: bool  # the noise is the tangent of what it else is added to (room `tangent`)
 
@@ -41,12 +42,12 @@ class Perturbation:
         self.active = False
         self.seeds = torch.zeros(1, dtype=torch.int64)
         self.sigmas = torch.zeros(1, 1)
-        self.groups = 1
+        self.groups = self.copies = 1
         self.noise = "normal"
         self.leading = ()
         self.tangent = False
 
-    def set(self, seeds: Tensor, sigmas: Tensor, noise: str, leading: tuple[int, ...]) -> None:
+    def set(self, seeds: Tensor, sigmas: Tensor, noise: str, leading: tuple[int, ...], copies: int = 0) -> None:
         if seeds.dtype != torch.int64 or seeds.dim() != 1:
             raise ValueError(f"`seeds` is {seeds.dtype} {tuple(seeds.shape)}; it has to be int64 [S]")
         if sigmas.dtype != torch.float32 or sigmas.dim() != 2 or sigmas.shape[1] != seeds.shape[0]:
@@ -66,6 +67,7 @@ class Perturbation:
         else:
             self.sigmas = sigmas.clone()
         self.groups, self.noise, self.leading = sigmas.shape[0], noise, leading
+        self.copies = copies or self.groups
 
     def sigmas_of(self, name: str, x: Tensor, row_group: int | None = None) -> Tensor:
         """Sigmas [groups, S] of the row groups in x, whose leading size they divide; of `row_group` alone where given.
@@ -206,6 +208,9 @@ class ZOLinear(nn.Module):
         self.perturbation = perturbation or Perturbation()
         self.frozen = packed.format != "dense"  # no method may write the weight
         self.probe: Probe | None = None  # how a method perturbs the weight, if not by C
+        self.out_basis: Tensor | None = (
+            None  # U [N, Q] fp32 of what is learned between it and `basis`, if a method has one
+        )
         self.bias_id: Tensor | None = None  # int64 [1], of the bias' noise, if a method moves that too
         self.mask, self.bias_mask = Mask(), Mask()  # of what a dense method moves
         self.sigma_scale: Tensor | None = None  # fp32 [1], on the device: the weight's own factor on sigmas
@@ -489,13 +494,19 @@ def _perturbable(model: nn.Module) -> list[Any]:
 
 @contextlib.contextmanager
 def perturbed(
-    model: nn.Module, seeds: Tensor, sigmas: Tensor, noise: str = "normal", leading: tuple[int, ...] = ()
+    model: nn.Module,
+    seeds: Tensor,
+    sigmas: Tensor,
+    noise: str = "normal",
+    leading: tuple[int, ...] = (),
+    copies: int = 0,
 ) -> Iterator[Perturbation]:
     """Inside the block every forward sees G row groups: group g runs with C + sum over s of sigmas[g, s] Z(seeds[s]).
 
     seeds int64 [S], sigmas fp32 [G, S], both on the model's device; the batch has G equal parts along its leading
     dimension. `leading` lists the leading sizes a layer may meet (G * B, and G * B * T where a model flattens tokens);
-    anything else raises with the layer's name, since rows and groups must never mix.
+    anything else raises with the layer's name, since rows and groups must never mix. `copies`: of one batch, that the
+    forward is given, if these are not the groups themselves.
 
     Raises:
         ValueError: bad seeds or sigmas, or on another device than the model.
@@ -509,7 +520,7 @@ def perturbed(
     for name, tensor in (("seeds", seeds), ("sigmas", sigmas)):
         if tensor.device != device:
             raise ValueError(f"`{name}` is on {tensor.device}; the model is on {device}: move it there")
-    handle.set(seeds, sigmas, noise, tuple(leading))
+    handle.set(seeds, sigmas, noise, tuple(leading), copies)
     handle.active = True
     try:
         yield handle

@@ -35,6 +35,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from .tail import Labels, few_words, opened
+
 Kind = Literal["classification", "completion", "sequence-classification"]
 
 CHUNK_BYTES = 64 << 20  # logits of one head call, counted in fp32
@@ -252,8 +254,24 @@ def _label_values(model: nn.Module, batch: Batch, groups: int, chunk_bytes: int)
     """`_token_values` of all n label rows, [groups, n] or [groups, n, C] fp32, the head fed chunk by chunk."""
     owner = _owner(model, batch, groups)
     head = owner.get_output_embeddings()
+    tail = opened(model)
+    if tail is None:
+        return _rows_through_head(model, owner, head, batch, groups, chunk_bytes // _vocabulary(owner, head))
+    with tail.reading(Labels(batch.label_rows, batch.label_positions)):
+        words = batch.targets[:1]
+        if words.dim() < 2 or not torch.equal(words.expand_as(batch.targets), batch.targets):
+            return _rows_through_head(model, owner, head, batch, groups, chunk_bytes // _vocabulary(owner, head))
+        # Behind a tail all logits of a row would be most of its cost
+        rows = tail.head_rows(head, words[0], owner.config.get_text_config().hidden_size)
+        few = replace(batch, targets=torch.arange(len(rows), device=words.device).expand_as(batch.targets))
+        with few_words(head, rows):
+            return _rows_through_head(model, owner, head, few, groups, chunk_bytes // len(rows))
+
+
+def _rows_through_head(model: nn.Module, owner: Any, head: nn.Module, batch: Batch, groups: int, room: int) -> Tensor:
+    """The same with `room` bytes for a logit of every row of a chunk."""
     n = len(batch.targets)
-    step = min(n, max(1, chunk_bytes // (4 * groups * _vocabulary(owner, head))))
+    step = min(n, max(1, room // (4 * groups)))
     held: list[Tensor] = []  # [groups, n, H], once the body has run
 
     def values(start: int, model: nn.Module, batch_: Batch, groups_: int) -> Tensor:

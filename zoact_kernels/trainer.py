@@ -73,6 +73,7 @@ class Recipe:
     floor_every: int = 100
     fork: bool | None = METHOD
     prefix_cache: int = METHOD
+    spread: bool = METHOD
     basis_batches: int = 2
     basis_method: str = "power"
     basis_without_first: bool = False
@@ -105,7 +106,7 @@ class Recipe:
             **{
                 name: getattr(self, name)
                 for name in "sigma queries sides scaling clip mode optimizer lr eps weight_decay schedule steps warmup "
-                "seed noise floor_every fork prefix_cache".split()
+                "seed noise floor_every fork prefix_cache spread".split()
             },
         )
 
@@ -399,6 +400,7 @@ def _begin(
             )
         energies = [[row.name, row.energy, row.energy_without_first] for row in report.layers]
     optimizer = recipe.create(model)
+    optimizer.prepare(map(batch_at, range(recipe.basis_batches)), functools.partial(group_losses, model))
     anatomy = [trainable.anatomy() for trainable in optimizer.trainables.values()]
     causal_lm = hasattr(model, "lm_head")  # for the adapter's task type
     meta = {"layers": anatomy, "energies": energies, "causal_lm": causal_lm}

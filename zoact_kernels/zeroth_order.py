@@ -27,6 +27,7 @@ from . import estimators, ops, optim, rng
 from .activations import evaluating
 from .fork import Fork
 from .layers import Perturbation, perturbed, release
+from .tail import Tail
 from .trainables import Trainable
 
 MODES = ("stacked", "sequential")
@@ -105,6 +106,8 @@ class ZeroOrder:
     seed: with step and query the whole of the randomness; no global generator is read. noise: "normal" or "rademacher".
     fork: compute the blocks before the first perturbed one once for all groups (see `fork`); None where it is possible.
     prefix_cache: bytes of hidden states kept there by sequence, for sequences that come again.
+    spread: deal the examples of a batch out to the queries, B / queries for each, instead of showing all of them to
+        every query: for the same rows in a forward the estimate is one over queries times as many examples.
     floor_every: every so many steps, from the first, the groups are evaluated once more at sigma / 32 to see how much
         of a difference is rounding; 0 for never. It changes nothing that is trained.
 
@@ -143,6 +146,7 @@ class ZeroOrder:
         floor_every: int = 100,
         fork: bool | None = None,
         prefix_cache: int = 0,
+        spread: bool = False,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; it may be {', '.join(MODES)}")
@@ -158,6 +162,8 @@ class ZeroOrder:
         if sides not in self.known_sides:
             raise ValueError(f"sides is {sides!r}; here it may be {', '.join(self.known_sides)}")
         estimators.check(sides, queries, scaling, clip)
+        if spread and (sides != "two-sided" or mode != "stacked"):
+            raise ValueError(f"spread goes with two-sided, stacked groups; sides is {sides!r} and mode {mode!r}")
         if prefix_cache < 0 or (fork is False and prefix_cache):
             raise ValueError(f"prefix_cache is {prefix_cache} and fork {fork}; bytes of hidden states kept at a fork")
         self.model = model
@@ -167,7 +173,7 @@ class ZeroOrder:
         self.note = ""  # of the step at hand
         self.iteration = 0  # steps taken, skipped ones included: the next step's number
         self.trainables = {t.name: t for t in self.find(model, release(model))}
-        self._fork_wanted, self._prefix_cache = fork, prefix_cache
+        self._fork_wanted, self._prefix_cache, self.spread = fork, prefix_cache, spread
         self.rule = self.make_rule(optimizer, betas=betas, eps=eps, weight_decay=weight_decay, noise=noise)
         self.floor = float("nan")
         self._recent: deque[float] = deque(maxlen=RECENT)
@@ -191,6 +197,9 @@ class ZeroOrder:
         """
         return estimators.group_sigmas(self.sides, self.queries, self.sigma)
 
+    def prepare(self, batches: Iterable[Any], evaluate: Callable[[Any], Tensor]) -> None:
+        """Take from the first batches of a new run what is fixed from then on; evaluate(batch): a clean forward of it."""
+
     def refresh(self) -> None:
         """Bring what changes from step to step (a basis, say) to step `iteration`; steps and replay both call it."""
 
@@ -202,7 +211,7 @@ class ZeroOrder:
         return {}
 
     @functools.cached_property
-    def fork(self) -> Fork | None:
+    def fork(self) -> Fork | Tail | None:
         """Where the row groups part, None if in the first block. ValueError where what was asked for can't be."""
         if self._fork_wanted is False:
             return None
@@ -253,7 +262,7 @@ class ZeroOrder:
             raise ValueError(f"batch has no tensor with a batch dimension; its keys are {', '.join(batch)}")
         examples = tensors.get("input_ids", next(iter(tensors.values()))).shape[0]
         return {
-            key: value.repeat(self.groups, *(1 for _ in value.shape[1:]))
+            key: value.repeat(2 if self.spread else self.groups, *(1 for _ in value.shape[1:]))
             if key in tensors and value.shape[0] == examples
             else value
             for key, value in batch.items()
@@ -453,11 +462,16 @@ class ZeroOrder:
         """Losses of one part: [G, B] at once when stacked, else [1, B] group by group."""
         groups = len(radii.host)
         if self.mode == "stacked":
-            leading = tuple(groups * size for size in rows)
+            copies = 2 if self.spread else groups
+            leading = tuple(copies * size for size in rows)
             seeds, sigmas = self._noises(radii, slice(None))
-            with perturbed(self.model, seeds, sigmas * shrink, self.noise, leading):
-                losses = _losses(evaluate(groups), groups)
-            yield losses
+            if self.spread:  # one copy of the batch for all +, one for all -; in each a part for every query
+                sigmas = torch.cat([sigmas[0::2], sigmas[1::2]])
+            with perturbed(self.model, seeds, sigmas * shrink, self.noise, leading, copies):
+                losses = _losses(evaluate(copies), copies)
+            if self.spread and losses.shape[1] % self.queries:
+                raise ValueError(f"a batch has {losses.shape[1]} examples; {self.queries} queries can't share them")
+            yield losses.unflatten(1, (-1, losses.shape[1] * copies // groups)).transpose(0, 1).flatten(0, 1)
             return
         examples = 0
         for g in range(groups):

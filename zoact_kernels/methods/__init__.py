@@ -34,6 +34,7 @@ from .lora import PRGE, MeZOLoRA, MeZOPrefix
 from .low_rank import LOZO, LOZOM, SubZero
 from .prior import MeZOGreedy, MeZOGV, MeZOGVHistory, ZOActGreedy, ZOActGV
 from .scales import QZO
+from .tail import ZOActTail
 from .tangent import ForwardGradient, ForwardGradientDense
 
 __all__ = [
@@ -77,6 +78,7 @@ METHODS: dict[str, type[ZeroOrder]] = {
         MeZOGreedy,
         ZOActGV,
         ZOActGreedy,
+        ZOActTail,
     )
 }
 

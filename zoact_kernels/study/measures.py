@@ -23,7 +23,7 @@ from .. import rng
 from ..basis import compute_basis
 from ..layers import perturbed, zo_layers
 from ..losses import Batch, group_losses
-from ..trainables import fill_normal
+from ..trainables.factors import fill_normal
 from ..trainer import Recipe
 from .first_order import FirstOrder
 from .settings import Setting, give_basis, head_on_last_token, load, plain

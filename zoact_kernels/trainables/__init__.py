@@ -6,6 +6,7 @@
     Scales         the scales of a low-bit weight       (q - zero) (scale + sum_s sigmas[g, s] Z_s)
     LowRank        a matrix, V renewed now and then     W + (C + sum_s sigmas[g, s] Z_s) V^T
     Core           a matrix, U and V renewed            W + c U (S + sum_s sigmas[g, s] Z_s) V^T
+    Between        S of fixed bases on both sides       D(W) + U (S + sum_s sigmas[g, s] Z_s) A^T
     LoraB          B [N, R] of a LoRA                   D(W) + c (B + sum_s sigmas[g, s] Z_s) A^T
     LoraA          A [K, R] of a LoRA, beside its B     D(W) + c (B + sum ... Z_s) (A + sum_s sigmas[g, s] Z_As)^T
     PrefixTensor   keys or values before a sequence     K + sum_s sigmas[g, s] Z_s
@@ -18,6 +19,7 @@ both take it from one of these objects.
 from __future__ import annotations
 
 from .base import Trainable, untied_layers
+from .between import Between, between
 from .factors import Coefficients, Core, LowRank, coefficients, low_rank
 from .inputs import AlongInputs
 from .lora import LoraA, LoraB, loras, set_aside
@@ -27,6 +29,7 @@ from .weight import Weight, weights
 
 __all__ = [
     "AlongInputs",
+    "Between",
     "Coefficients",
     "Core",
     "LoraA",
@@ -37,6 +40,7 @@ __all__ = [
     "Scales",
     "Trainable",
     "Weight",
+    "between",
     "coefficients",
     "loras",
     "low_rank",

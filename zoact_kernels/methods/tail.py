@@ -1,0 +1,103 @@
+"""What can be learned behind the last attention of a model, where a forward costs next to nothing."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import Perturbation, ZOLinear, zo_layers
+from ..tail import Tail
+from ..trainables import Between, Trainable, between
+from ..zeroth_order import ZeroOrder
+
+SMALL = 1e-6  # of the largest eigenvalue: directions with less are rounding
+
+
+class ZOActTail(ZeroOrder):
+    """W_eff = D(W) + U (S +- sigma Z) A^T in the last linears of the last block; everything before is computed once.
+
+    A [K, R]: top directions of the layer's inputs at label rows, each divided by its standard deviation, so that all
+    coordinates of S move the output alike. U [N, Q]: top directions of the head's rows of the answers, less their mean:
+    what of the output the losses can tell apart. S [Q, R], by Adam. Every query sees examples of its own.
+
+    layers: how many linears, from the last. rank, outputs: R and Q. tail_cache: bytes of rows kept (see `tail`).
+    Raises ValueError for a model whose last block is not swapped or that can't be cut there.
+    """
+
+    name, paper = "zo-act-tail", "of this package"
+    summary = "few numbers behind the last attention, many queries over activations that are computed once"
+    basis = "answers"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: int = 1,
+        rank: int = 256,
+        outputs: int = 8,
+        tail_cache: int = 1 << 30,
+        queries: int = 64,
+        spread: bool = True,
+        sigma: float = 1e-2,
+        lr: float = 3e-2,
+        betas: tuple[float, float] = (0.9, 0.99),
+        **others: Any,
+    ) -> None:
+        for name, value in (("layers", layers), ("rank", rank), ("outputs", outputs)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it has to be at least 1")
+        self.count, self.rank, self.outputs, self.tail_cache = layers, rank, outputs, tail_cache
+        super().__init__(model, queries=queries, spread=spread, sigma=sigma, lr=lr, betas=betas, **others)
+
+    def find(self, model: nn.Module, handle: Perturbation) -> list[Trainable]:
+        for layer in zo_layers(model).values():
+            layer.rank, layer.basis, layer.coeff, layer.out_basis = 0, None, None, None
+        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+        last = [layer for blocks in lists for layer in zo_layers(blocks[-1]).values()]
+        if len(last) < self.count:
+            raise ValueError(f"layers is {self.count}; the last block of the model has {len(last)} swapped linears")
+        for layer in last[-self.count :]:
+            device = layer.weight.device
+            layer.set_basis(torch.zeros(layer.in_features, min(self.rank, layer.in_features), device=device))
+            layer.out_basis = torch.zeros(layer.out_features, min(self.outputs, layer.out_features), device=device)
+        return between(model)
+
+    @functools.cached_property
+    def fork(self) -> Tail:
+        return Tail(self.model, self.tail_cache)
+
+    @torch.no_grad()
+    def prepare(self, batches: Iterable[Any], evaluate: Callable[[Any], Tensor]) -> None:
+        layers = [t.layer for t in self.trainables.values() if isinstance(t, Between)]
+        grams = [torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64) for layer in layers]
+        counts, tokens = [0] * len(layers), []
+
+        def see(index: int, layer: ZOLinear, args: tuple[Tensor, ...]) -> None:
+            rows = args[0].reshape(-1, layer.in_features).double().cpu()
+            grams[index] += rows.T @ rows
+            counts[index] += len(rows)
+
+        handles = [layer.register_forward_pre_hook(functools.partial(see, i)) for i, layer in enumerate(layers)]
+        try:
+            with self.forking():
+                for batch in batches:
+                    evaluate(batch.to(self.device))
+                    tokens.append(batch.targets.flatten())
+        finally:
+            for handle in handles:
+                handle.remove()
+        head = self.model.get_output_embeddings()
+        rows = self.fork.head_rows(head, torch.cat(tokens).unique(), layers[-1].out_features).double().cpu()
+        directions = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)
+        for layer, gram, count in zip(layers, grams, counts, strict=True):
+            assert layer.basis is not None and layer.out_basis is not None
+            values, vectors = torch.linalg.eigh(gram / count)
+            values, vectors = values.flip(0)[: layer.rank], vectors.flip(1)[:, : layer.rank]
+            fine = values > SMALL * values[0]
+            layer.basis.copy_(torch.where(fine, vectors / values.clamp_min(1e-300).sqrt(), 0))
+            kept = (SMALL * directions.S[0] < directions.S).sum().clamp(max=layer.out_basis.shape[1])
+            layer.out_basis[:, :kept] = directions.Vh[:kept].T.float()

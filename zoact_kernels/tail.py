@@ -1,0 +1,262 @@
+"""The end of a model, from its first trained linear on, at label rows alone; all that is before is computed once.
+
+    whole   tokens -> blocks -> last block ... first -> ... -> norm -> head         once per sequence, clean, and kept
+    tail    copies of the kept rows [n, ...]    first -> ... -> norm -> head        G n rows of one token each
+
+Behind the attention of a model's last block nothing mixes tokens any more, so a loss that is read at n label positions
+depends on those n rows alone. Where all trained linears lie there, a forward of G row groups costs G n rows of what is
+left instead of G B T rows of everything: for the last projection of SmolLM2-135M and 20 tokens, a thousandth.
+
+The block itself still runs, on its own code: the block is given the kept hidden states as sequences of one token, and
+every linear that runs before the first trained one returns what was kept of it. What such a block then computes between
+them (an attention of one token to itself) is thrown away with the input of the next linear. That this is all the same
+is not taken on trust: the first sequence of a Tail is compared with the whole model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .fork import (
+    Cache,
+    Stop,
+    body_of,
+    check_compiled,
+    cut,
+    find_blocks,
+    hidden_of,
+    moves,
+    right_padded,
+    running,
+    with_hidden,
+)
+from .layers import ZOLinear, perturbation_of
+
+CHECKED = 2.0**-12  # agreement asked for, relative: other lengths take other sums in torch's attention and norms
+
+
+class Labels(NamedTuple):
+    """Label rows of one copy of a batch: sequence and position, int64 [n] each."""
+
+    sequences: Tensor
+    positions: Tensor
+
+
+_opened: ContextVar[Tail | None] = ContextVar("opened", default=None)
+
+
+def opened(model: nn.Module) -> Tail | None:
+    """The open Tail of this model."""
+    tail = _opened.get()
+    return tail if tail is not None and tail.model is model else None
+
+
+class Tail:
+    """Where the label rows of a model leave its tokens.
+
+    cache_bytes: of kept rows; the least recently used leave first. Raises ValueError for a model in which no list of
+    equal blocks is found, whose blocks are compiled, or where anything is trained but linears of the last block.
+    """
+
+    def __init__(self, model: nn.Module, cache_bytes: int) -> None:
+        self.model, self.name, self.blocks = model, *find_blocks(model)
+        self.body, self.last = body_of(model, self.name), self.blocks[-1]
+        check_compiled(model, self.blocks)
+        self.linears = {n: m for n, m in self.last.named_modules() if isinstance(m, ZOLinear | nn.Linear)}
+        inside = set(self.linears.values())
+        outside = [name for name, module in model.named_modules() if moves(module) and module not in inside]
+        if outside:
+            raise ValueError(
+                f"{outside[0]} is trained; a tail has nothing but linears of {self.name}.{len(self.blocks) - 1}"
+            )
+        self.cache = Cache(cache_bytes)
+        self.handle = perturbation_of(model)
+        self._parts: list[tuple[str, int]] = []  # what a kept row is made of: hidden state "", then linears by name
+        self._call: _Call | None = None
+        self._labels: Labels | None = None
+        self._words: dict[bytes, Tensor] = {}
+        self._checked = False
+
+    def forget(self) -> None:
+        """Drop what is kept; for a model that has changed before the tail."""
+        self.cache.clear()
+        self._words.clear()
+
+    @contextlib.contextmanager
+    def forgetful(self) -> Iterator[None]:
+        raise RuntimeError("a tail looks its rows up on the host; a CUDA graph can't hold that")
+        yield
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """Inside the block `losses` of the model run its tail. Not to nest."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(running(self.body, self._run_body))
+            for index, block in enumerate(self.blocks):
+                stack.enter_context(running(block, functools.partial(self._run_block, index)))
+            for name, module in self.linears.items():
+                stack.enter_context(running(module, functools.partial(self._run_linear, name)))
+            token = _opened.set(self)
+            try:
+                yield
+            finally:
+                _opened.reset(token)
+
+    @contextlib.contextmanager
+    def reading(self, labels: Labels) -> Iterator[None]:
+        """Inside the block forwards are read at these rows alone; their other rows are of no meaning."""
+        self._labels = labels
+        try:
+            yield
+        finally:
+            self._labels = None
+
+    def head_rows(self, head: nn.Module, tokens: Tensor, width: int) -> Tensor:
+        """Rows [C, H] of a head's weight, of tokens [C], in whatever form it is kept."""
+        key = tokens.cpu().numpy().tobytes()
+        if key not in self._words:
+            device = tokens.device
+            eye = torch.eye(width, device=device)
+            self._words[key] = torch.cat([head(part)[:, tokens] for part in eye.split(64)]).T.float().contiguous()
+        return self._words[key]
+
+    # --- a forward ----------------------------------------------------------------------------------------------------
+
+    def _run_body(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        labels = self._labels
+        if labels is None:
+            return forward(*args, **kwargs)
+        copies = self.handle.copies if self.handle.active else 1
+        one, named = cut((args, kwargs), copies)
+        ids, lengths = right_padded(one, named)
+        if not self._checked:
+            self._check(forward, ids[:1, : lengths[0]])
+        kept = torch.stack(
+            [
+                self._row(forward, ids[s : s + 1, : lengths[s]], p)
+                for s, p in zip(labels.sequences.tolist(), labels.positions.tolist(), strict=True)
+            ]
+        )
+        output, states = self._rows(forward, ids, kept, copies)
+        n, (S, T) = len(kept), ids.shape
+        if n == S and torch.equal(labels.sequences, torch.arange(S, device=ids.device)):
+            whole = states.expand(-1, T, -1)  # a view: its other positions are never read
+        else:
+            whole = states.new_zeros(copies, S, T, states.shape[-1])
+            whole[:, labels.sequences, labels.positions] = states.view(copies, n, -1)
+            whole = whole.flatten(0, 1)
+        if isinstance(output, tuple):
+            return (whole, *output[1:])
+        output = copy.copy(output)
+        output["last_hidden_state"] = whole
+        return output
+
+    def _rows(self, forward: Callable[..., Any], ids: Tensor, kept: Tensor, copies: int) -> tuple[Any, Tensor]:
+        """(output of the body, its hidden states [copies n, 1, H]) for kept rows [n, width]."""
+        parts = dict(zip((n for n, _ in self._parts), kept.split([w for _, w in self._parts], dim=1), strict=True))
+        repeated = {name: part.repeat(copies, 1)[:, None] for name, part in parts.items()}
+        self._call = _Call(given=repeated)
+        tokens = ids[:1, :1].expand(copies * len(kept), 1)
+        try:
+            output = forward(input_ids=tokens, attention_mask=torch.ones_like(tokens), **_without_cache(self.body))
+        finally:
+            self._call = None
+        return output, output[0] if isinstance(output, tuple) else output.last_hidden_state
+
+    def _row(self, forward: Callable[..., Any], ids: Tensor, position: int) -> Tensor:
+        """What is kept of one label row, [width], from the cache or computed for its sequence, int64 [1, t]."""
+        key = ids.cpu().numpy().tobytes() + position.to_bytes(8, "little")
+        found = self.cache.get(key)
+        if found is not None:
+            return found
+        call = self._call = _Call(position=position)
+        active, self.handle.active = self.handle.active, False
+        try:
+            forward(input_ids=ids, attention_mask=torch.ones_like(ids), **_without_cache(self.body))
+        except Stop:
+            pass
+        finally:
+            self._call, self.handle.active = None, active
+        parts = [(name, len(part)) for name, part in call.kept.items()]
+        if self._parts and parts != self._parts:
+            raise ValueError(f"the linears of {self.name} ran in another order for another sequence; use tail=False")
+        self._parts = parts
+        row = torch.cat(list(call.kept.values()))
+        self.cache.put(key, row)
+        return row
+
+    def _run_block(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = self._call
+        if call is None:
+            return forward(*args, **kwargs)
+        last = index == len(self.blocks) - 1
+        if call.given is None:
+            if last:
+                call.kept[""] = hidden_of(args, kwargs)[0, call.position].clone()
+                call.inside = True
+            output = forward(*args, **kwargs)
+            self._tuples = isinstance(output, tuple)
+            return output
+        if not last:
+            hidden = hidden_of(args, kwargs)
+            return (hidden,) if self._tuples else hidden
+        args, kwargs = with_hidden(args, kwargs, call.given[""])
+        call.inside = True
+        return forward(*args, **kwargs)
+
+    def _run_linear(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = self._call
+        if call is None or not call.inside:
+            return forward(*args, **kwargs)
+        if call.given is not None:
+            return call.given[name] if name in call.given else forward(*args, **kwargs)
+        if moves(self.linears[name]):
+            raise Stop
+        output = forward(*args, **kwargs)
+        call.kept[name] = output.reshape(-1, output.shape[-1])[call.position].clone()
+        return output
+
+    def _check(self, forward: Callable[..., Any], ids: Tensor) -> None:
+        """Raises ValueError unless the tail gives what the whole model gives, for one clean sequence [1, t]."""
+        active, self.handle.active = self.handle.active, False
+        try:
+            output = forward(input_ids=ids, attention_mask=torch.ones_like(ids), **_without_cache(self.body))
+            whole = (output[0] if isinstance(output, tuple) else output.last_hidden_state)[0]
+            kept = torch.stack([self._row(forward, ids, p) for p in (0, ids.shape[1] - 1)])
+            mine = self._rows(forward, ids, kept, 1)[1][:, 0]
+        finally:
+            self.handle.active = active
+        wanted = whole[[0, -1]]
+        error = float((mine - wanted).abs().max() / wanted.abs().max())
+        if not error < CHECKED:
+            raise ValueError(
+                f"the tail of {type(self.body).__name__} is not what the whole model gives (relative error {error:.1e}): "
+                "after its first trained linear something mixes tokens, or is no linear"
+            )
+        self._checked = True
+
+
+class _Call:
+    """One call of the body: rows that it is given, or the label position whose rows it is to keep."""
+
+    def __init__(self, given: dict[str, Tensor] | None = None, position: int = 0) -> None:
+        self.given, self.position, self.inside = given, position, False
+        self.kept: dict[str, Tensor] = {}
+
+
+def _without_cache(body: Any) -> dict[str, Any]:
+    return {"use_cache": False} if getattr(getattr(body, "config", None), "use_cache", None) is not None else {}
+
+
+def few_words(head: nn.Module, rows: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Inside the block a head gives the logits of the words whose rows [C, H] these are, and no others."""
+    return running(head, lambda forward, x: F.linear(x.float(), rows))

@@ -1,0 +1,100 @@
+"""S [Q, R] between a basis of a layer's outputs and one of its inputs, both fixed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import rng
+from ..layers import Perturbation, ZOLinear, zo_layers
+from ..optim import check_entries
+from .base import Trainable
+
+
+class Between(Trainable):
+    """S [Q, R] of a ZOLinear: D(W) + U S A^T, U [N, Q] `layer.out_basis`, A [K, R] its basis; noise Z [Q, R].
+
+    coeff is U S, which is what a clean forward and an export see.
+    """
+
+    def __init__(self, name: str, layer: ZOLinear) -> None:
+        assert layer.coeff is not None and layer.basis is not None and layer.out_basis is not None
+        self.name, self.parameter = name, f"{name}.weight"
+        self.layer, self.coeff, self.left, self.param_id = layer, layer.coeff, layer.out_basis, layer.param_id
+        self.value = torch.zeros(self.left.shape[1], layer.rank, device=self.left.device)
+        self.basis_shape = layer.in_features, layer.rank
+        layer.probe = functools.partial(probe_between, self)
+
+    @property
+    def basis(self) -> Tensor | None:
+        return self.layer.basis
+
+    @basis.setter
+    def basis(self, basis: Tensor | None) -> None:
+        self.layer.basis = basis
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        self.coeff.copy_(self.left @ self.value)
+
+    def check(self) -> None:
+        if self.layer.coeff is not self.coeff:
+            raise RuntimeError(f"layer {self.name} got another coeff since; create the optimizer after setting bases")
+
+    def held(self) -> dict[str, Tensor]:
+        return {"left": self.left}
+
+    def take(self, held: Mapping[str, Tensor]) -> None:
+        check_entries(held, self.held(), f"state of {self.name}")
+        self.left.copy_(held["left"])
+
+    def anatomy(self) -> dict[str, Any]:
+        layer = self.layer
+        return {
+            "name": self.name, "param_id": int(layer.param_id), "out_features": layer.out_features,
+            "in_features": layer.in_features, "rank": layer.rank, "origin": layer.origin,
+        }  # fmt: skip
+
+
+def probe_between(own: Between, layer: ZOLinear, x: Tensor, sigmas: Tensor, bias: Tensor | None) -> Tensor:
+    """y_g = x_g (D(W) + U (S + sum_s sigmas[g, s] Z_s) A^T)^T + bias, the product with W once for equal copies of x."""
+    p, groups = layer.perturbation, sigmas.shape[0]
+    assert own.basis is not None
+    copies = p.copies if groups == p.groups and x.shape[0] % p.copies == 0 else 1
+    one = x[: len(x) // copies]
+    if copies > 1 and not torch.equal(x.unflatten(0, (copies, -1)), one.expand(copies, *one.shape)):
+        copies, one = 1, x
+    y = torch.ops.zoact.zo_linear(
+        one, layer.weight, layer.scale, layer.offset, layer.nested, bias, layer.base_basis, layer.base_coeff, None,
+        None, None, None, None, None, None, layer.format, layer.layout, layer.group_size, layer.out_features,
+    )  # fmt: skip
+    h = one.float() @ own.basis
+    h = h.expand(copies, *h.shape).reshape(groups, -1, h.shape[-1])
+    moved = torch.baddbmm(torch.zeros((), device=x.device), h, group_cores(own.value, p, sigmas, own.param_id).mT)
+    side = (moved @ own.left.T).view(copies, *y.shape)
+    return (y.float() + side).to(y.dtype).flatten(0, 1)
+
+
+def group_cores(value: Tensor, p: Perturbation, sigmas: Tensor, param_id: Tensor) -> Tensor:
+    """value + sum_s sigmas[g, s] Z_s of every row group, [G, Q, R]: every Z_s is made once, however many groups."""
+    z = torch.zeros(len(p.seeds), *value.shape, device=value.device)
+    one = torch.ones(1, device=value.device)
+    for own, seed in zip(z, p.seeds.split(1), strict=True):
+        torch.ops.zoact.zo_perturb_(own, seed, one, param_id, noise=p.noise)
+    return torch.addmm(value.flatten(), sigmas, z.flatten(1)).view(-1, *value.shape)
+
+
+def between(model: nn.Module) -> list[Trainable]:
+    """S of every layer with bases on both sides. Raises ValueError if there is none."""
+    found: list[Trainable] = [
+        Between(rng.strip_prefixes(name), layer)
+        for name, layer in zo_layers(model).items()
+        if layer.out_basis is not None
+    ]
+    if not found:
+        raise ValueError("no layer of the model has bases of its inputs and outputs; `prepare` gives them")
+    return found

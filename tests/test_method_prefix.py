@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import zlib
 from pathlib import Path
@@ -12,13 +13,16 @@ import numpy as np
 import pytest
 import torch
 from close import assert_no_worse
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_cli import options, steps_of, zoact
+from tiny_model import make_model_dir, write_examples
 from torch import Tensor
 
 from zoact_kernels import methods, rng
-from zoact_kernels.integrations.peft import export_adapter, export_lora, export_prefix
+from zoact_kernels.integrations.peft import export_adapter, export_lora, export_prefix, import_adapter, import_lora
 from zoact_kernels.layers import perturbed
 from zoact_kernels.losses import Batch, evaluate, group_losses
+from zoact_kernels.runlog import RunLog
 from zoact_kernels.swap import ZOConfig, swap, zo_layers
 from zoact_kernels.trainables import prefix_of
 from zoact_kernels.trainer import base_hash
@@ -340,7 +344,7 @@ def test_over_low_bit_layers_and_beside_another_method():
     run(again, 1)
     with pytest.raises(ValueError, match="tokens is 3; the model has a prefix of 5 already"):
         make(model, tokens=3)
-    prefix_of(model).remove(model.model)
+    prefix_of(model).remove(model)
     assert prefix_of(model) is None and not model.model._forward_pre_hooks
     make(model, tokens=3)
 
@@ -382,6 +386,60 @@ def test_export_is_prefix_tuning_of_peft(kind, tmp_path: Path):
     assert one.keys() == two.keys() == {"prompt_embeddings"} and torch.equal(
         *(t["prompt_embeddings"] for t in (one, two))
     )
+
+
+def test_import_takes_ours_back_bit_for_bit(tmp_path: Path):
+    """Into a model of any format, in place of a prefix as long; what does not fit leaves the model as it was."""
+    model = model_of()
+    run(make(model, lr=0.3), 1)
+    export_adapter(model, tmp_path / "one")
+    other = model_of()
+    swap(other, ZOConfig(format="int8", group_size=8, rank=0))
+    for _ in range(2):
+        assert import_adapter(other, tmp_path / "one") == {}
+        assert all(torch.equal(t, tensors(model)[at]) for at, t in tensors(other).items())
+    twin, (x, mask) = model_of(), ids()
+    import_adapter(twin, tmp_path / "one")
+    assert torch.equal(twin(input_ids=x, attention_mask=mask).logits, model(input_ids=x, attention_mask=mask).logits)
+    run(make(twin), 1)  # and on from there
+
+    config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    good = load_file(tmp_path / "one" / "adapter_model.safetensors")["prompt_embeddings"]
+    for changes, stored, message in (
+        ({"prefix_projection": True}, good, "without projection"),
+        ({}, good[:, :-1], r"prompt_embeddings is \(5, 47\); the model needs \(5, 48\)"),
+        ({}, good * math.nan, "no finite `prompt_embeddings`"),
+        ({}, good[:0], "one token at least"),
+    ):
+        bad = tmp_path / "bad"
+        bad.mkdir(exist_ok=True)
+        (bad / "adapter_config.json").write_text(json.dumps(config | changes))
+        save_file({"prompt_embeddings": stored.contiguous()}, bad / "adapter_model.safetensors")
+        fresh = model_of()
+        with pytest.raises(ValueError, match=message):
+            import_adapter(fresh, bad)
+        assert prefix_of(fresh) is None and not fresh.model._forward_pre_hooks
+    with pytest.raises(ValueError, match="`peft_type` is 'PREFIX_TUNING'; 'LORA' can be imported"):
+        import_lora(model_of(), tmp_path / "one")
+
+
+def test_a_run_from_an_adapter(tmp_path: Path, capsys):
+    make_model_dir(tmp_path / "model", layers=1)
+    files = {"model": str(tmp_path / "model"), "train": str(write_examples(tmp_path / "train.csv", 24))}
+    one, whole, parted = (tmp_path / name for name in ("one", "whole", "parted"))
+    given = {"method": "mezo-prefix", "lr": 0.1, "eval": None}
+    assert zoact(*options(files, one, **given, steps=2)) == 0
+    given["adapter"] = one / "adapter"
+    assert zoact(*options(files, whole, **given, steps=3)) == 0
+    assert zoact(*options(files, parted, **given, steps=1)) == 0
+    assert zoact("finetune", "--resume", "--out", str(parted), "--steps", "3") == 0
+    assert steps_of(whole) == steps_of(parted)
+    with RunLog.open(one) as old, RunLog.open(whole) as new:
+        last, first = old.load(old.snapshots()[-1]), new.load(new.snapshots()[0])
+    assert all(torch.equal(first[key], t) for key, t in last.items() if key.startswith("coeff/"))
+    capsys.readouterr()
+    assert zoact(*options(files, tmp_path / "no", **{**given, "method": "mezo-lora"})) == 2
+    assert "a prefix, which mezo-lora does not train" in capsys.readouterr().err
 
 
 def test_what_cannot_be_exported(tmp_path: Path):

@@ -29,15 +29,17 @@ from torch import nn
 
 from . import demo, memory
 from .data import DataError, Dataset, Example, Task, order, read, step_indices
-from .integrations.peft import export_adapter, import_lora
+from .integrations.peft import export_adapter, import_adapter
 from .integrations.transformers import load_model
 from .layers import zo_layers
 from .losses import Batch, group_losses
 from .methods import METHODS
+from .methods.lora import MeZOPrefix
 from .plots import draw_curve
 from .rng import seed_for
 from .runlog import EvalRow, RunLog, update_hash, write_whole, writing
 from .swap import ZOConfig, dense_twin
+from .trainables import prefix_of
 from .trainer import Recipe, Result, Watch, base_hash, train
 from .zeroth_order import ZeroOrder
 
@@ -54,7 +56,7 @@ class Job:
     dense: train the dense twin of the model, its weights in `dtype`; for methods that move the weights themselves.
     device: "cpu", or where torch sees one "cuda" or "cuda:1".
     targets: patterns of the layers that get a rank (none: all).
-    adapter: a PEFT LoRA to continue from; layers it doesn't name aren't trained.
+    adapter: a PEFT LoRA to continue from; layers it doesn't name aren't trained. Or a prefix, for mezo-prefix.
     eval_limit: held-out examples used, from the first (0: all).
     """
 
@@ -198,7 +200,7 @@ def load(job: Job, *, adapter: bool = True) -> Loaded:
     if tokenizer is None:
         raise ValueError(f"`model` is {job.model!r}, which has no tokenizer beside its weights")
     if job.adapter and adapter:
-        named = import_lora(model, job.adapter)
+        named = import_adapter(model, job.adapter)
         for name, layer in zo_layers(model).items():
             if name not in named:
                 layer.rank, layer.coeff, layer.basis = 0, None, None
@@ -220,6 +222,10 @@ def finetune(
         job = replace(job, rank=0, ranks={})
     watch.said(f"loading {job.model}")
     loaded = load(job, adapter=not resume)
+    if prefix_of(loaded.model) is not None and not issubclass(METHODS[recipe.method], MeZOPrefix):
+        raise ValueError(
+            f"`adapter` is {job.adapter!r}, a prefix, which {recipe.method} does not train: mezo-prefix does"
+        )
     held_out = loaded.held_out
     result = train(
         loaded.model,

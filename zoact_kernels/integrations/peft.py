@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..layers import ZOLinear, zo_layers
 from ..rng import strip_prefixes
-from ..trainables.prefix import KINDS, prefix_of
+from ..trainables.prefix import KINDS, from_activations, prefix_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -200,7 +200,44 @@ def import_lora(model: nn.Module, directory: str | os.PathLike[str]) -> dict[str
     return {name: basis.shape[1] for name, (basis, _) in learned.items()}
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def import_prefix(model: nn.Module, directory: str | os.PathLike[str]) -> int:
+    """Give a model the prefix of PEFT's prefix tuning, in place of one as long. Returns its number of tokens.
+
+    Raises ValueError, before the model is changed, for a directory that is no such adapter in safetensors, for one with
+    a projection, for a tensor of another shape than the model's keys and values ask for, and for encoders.
+    """
+    directory = Path(directory)
+    config, tensors = _read_json(directory), _read_weights(directory)
+    if config.get("peft_type") != "PREFIX_TUNING" or config.get("prefix_projection"):
+        kind = f"{config.get('peft_type')!r}, prefix_projection {config.get('prefix_projection')!r}"
+        raise ValueError(f"{directory / CONFIG}: `peft_type` is {kind}; a prefix is 'PREFIX_TUNING' without projection")
+    stored = tensors.get("prompt_embeddings")
+    if stored is None or stored.dim() != 2 or len(stored) < 1 or not stored.isfinite().all():
+        raise ValueError(
+            f"{directory / WEIGHTS} has no finite `prompt_embeddings` [tokens, numbers], one token at least"
+        )
+    before = prefix_of(model)
+    prefix = before or from_activations(model, len(stored), 0)
+    parts = [(kind, layer) for layer in range(prefix.layers) for kind in KINDS]
+    wanted = (prefix.tokens, len(parts) * prefix.heads * prefix.width)
+    if tuple(stored.shape) != wanted:
+        if before is None:
+            prefix.remove(model)
+        raise ValueError(f"{directory / WEIGHTS}: prompt_embeddings is {tuple(stored.shape)}; the model needs {wanted}")
+    for (kind, layer), part in zip(parts, stored.chunk(len(parts), dim=1), strict=True):
+        prefix.tensor(kind, layer).copy_(part)
+    return prefix.tokens
+
+
+def import_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> dict[str, int]:
+    """`import_lora`, or `import_prefix` for an adapter of that kind: then no layer has a rank."""
+    if _read_json(Path(directory)).get("peft_type") == "PREFIX_TUNING":
+        import_prefix(model, directory)
+        return {}
+    return import_lora(model, directory)
+
+
+def _read_json(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     try:
         config = json.loads(path.read_text("utf-8"))
@@ -210,9 +247,15 @@ def _read_config(directory: Path) -> dict[str, Any]:
         ) from None
     except ValueError as problem:
         raise ValueError(f"{path} is no JSON: {problem}") from problem
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path}: `peft_type` is {kind!r}; 'LORA' can be imported")
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: it is a {type(config).__name__}; an adapter's configuration is needed")
+    return config
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path, config = directory / CONFIG, _read_json(directory)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: `peft_type` is {config.get('peft_type')!r}; 'LORA' can be imported")
     for key, allowed in REFUSED.items():
         if config.get(key) not in allowed:
             raise ValueError(f"{path}: `{key}` is {config[key]!r}; an imported LoRA has only A and B: {allowed[-1]!r}")

@@ -110,7 +110,7 @@ def loras(
 
     targets: last parts of layer names ("q_proj"), or patterns of whole ones ("model.layers.0.*"), as a list or in one
     text with commas. What these layers learned before stays as their base delta. Raises ValueError for a target without
-    a layer, a rank that is larger than a layer's in_features, and for learned coefficients elsewhere; before anything is
+    a layer, a rank that is larger than a layer's in_features, and for learned coefficients elsewhere, with nothing
     changed.
     """
     if not 0 < alpha < math.inf:

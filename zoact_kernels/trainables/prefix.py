@@ -50,11 +50,13 @@ class Prefix(nn.Module, Released):
         )
         return self
 
-    def remove(self, body: nn.Module) -> None:
-        """Undo `attach`."""
+    def remove(self, model: nn.Module) -> None:
+        """Undo `attach`, wherever in `model` that was."""
         for hook in self.hooks:
             hook.remove()
-        del body.prefix
+        for module in list(model.modules()):
+            if module._modules.get("prefix") is self:
+                del module.prefix
 
     def release(self) -> None:
         self.perturbation, self.zo_ids = None, {}
@@ -143,7 +145,7 @@ def prefixes(model: nn.Module, handle: Perturbation, tokens: int, seed: int) -> 
     set_aside(model, {})
     own = prefix_of(model)
     if own is None:
-        own = _from_activations(model, tokens, seed)
+        own = from_activations(model, tokens, seed)
     elif own.tokens != tokens:
         raise ValueError(f"tokens is {tokens}; the model has a prefix of {own.tokens} already")
     found = [PrefixTensor(own, kind, layer) for layer in range(own.layers) for kind in KINDS]
@@ -156,8 +158,11 @@ def prefix_of(model: nn.Module) -> Prefix | None:
 
 
 @torch.no_grad()
-def _from_activations(model: nn.Module, tokens: int, seed: int) -> Prefix:
-    """A prefix of the keys and values that a forward over `tokens` random tokens has."""
+def from_activations(model: nn.Module, tokens: int, seed: int) -> Prefix:
+    """A new prefix of the model: the keys and values that a forward over `tokens` random tokens has.
+
+    Raises ValueError for a model without a cache of keys and values, one shape in all layers.
+    """
     # Asked of the type: wrappers forward unknown attributes to what they wrap.
     found: list[Any] = [module for module in model.modules() if hasattr(type(module), "get_output_embeddings")]
     if not found:

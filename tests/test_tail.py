@@ -1,0 +1,497 @@
+"""tail: label rows alone, behind the first trained linear, give the losses of the whole model with W_eff written out."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from close import assert_no_worse
+from torch import Tensor, nn
+
+from zoact_kernels import rng
+from zoact_kernels.fork import Fork
+from zoact_kernels.layers import perturbed, zo_layers
+from zoact_kernels.losses import Batch, evaluate, group_losses, group_scores
+from zoact_kernels.methods.tail import ZOActTail
+from zoact_kernels.swap import ZOConfig, swap, unswap
+from zoact_kernels.tail import Tail, opened
+from zoact_kernels.trainables import Between
+
+transformers = pytest.importorskip("transformers")
+
+V, H, L = 61, 24, 3
+SMALL: dict[str, Any] = {
+    "vocab_size": V, "hidden_size": H, "intermediate_size": 40, "num_hidden_layers": L, "num_attention_heads": 2,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+WORDS = (11, 5, 40)
+KINDS = ("llama", "tied", "gpt2", "gemma2", "phi", "head")
+
+
+def plain(kind: str) -> nn.Module:
+    t, grouped = transformers, SMALL | {"num_key_value_heads": 1}
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        model = t.GPT2LMHeadModel(t.GPT2Config(vocab_size=V, n_positions=64, n_embd=H, n_layer=L, n_head=2))
+    elif kind == "gemma2":  # norms behind the linears, a cap on the logits
+        model = t.Gemma2ForCausalLM(t.Gemma2Config(**grouped, head_dim=12, final_logit_softcapping=2.0))
+    elif kind == "phi":  # attention beside the MLP, not before it; a head with a bias
+        model = t.PhiForCausalLM(t.PhiConfig(**SMALL, num_key_value_heads=1))
+        nn.init.normal_(model.lm_head.bias)
+    elif kind == "bert":
+        model = t.BertForSequenceClassification(t.BertConfig(**SMALL, num_labels=3))
+    elif kind == "classifier":
+        model = t.LlamaForSequenceClassification(t.LlamaConfig(**grouped, num_labels=3))
+    else:
+        model = t.LlamaForCausalLM(t.LlamaConfig(**grouped, tie_word_embeddings=kind == "tied"))
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@functools.cache
+def made(kind: str, where: str) -> nn.Module:
+    model = plain(kind)
+    if kind == "head":  # packed like the rest
+        swap(model, ZOConfig(group_size=8, quantizer="minmax", rank=0, skip=()))
+        assert "lm_head" in zo_layers(model)
+    elif where:
+        swap(model, ZOConfig(group_size=8, quantizer="minmax", rank=0), where=where.split())
+    else:
+        swap(model, ZOConfig(group_size=8, quantizer="minmax", rank=0))
+    return model
+
+
+def fresh(kind: str = "llama", where: str = "") -> Any:
+    return copy.deepcopy(made(kind, where))
+
+
+def sequences(*lengths: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """ids [S, T] and their mask, two pads at least on the right; a length stands for its tokens."""
+    ids, mask = torch.zeros(2, len(lengths), max(lengths) + 2, dtype=torch.int64)
+    for own, real, n in zip(ids, mask, lengths, strict=True):
+        own[:n] = torch.randint(3, V, (n,), generator=torch.Generator().manual_seed(100 * seed + n))
+        real[:n] = 1
+    return ids, mask
+
+
+def words(*lengths: int, seed: int = 1) -> Batch:
+    """Classification by label words of one token each."""
+    ids, mask = sequences(*(lengths or (7, 3, 5, 1)), seed=seed)
+    rows = torch.arange(len(ids))
+    return Batch(
+        "classification", ids, mask, rows, mask.sum(1) - 1, torch.tensor([WORDS]).expand(len(ids), -1), rows % 3
+    )
+
+
+def phrases(*lengths: int, choices: int = 2, seed: int = 1) -> Batch:
+    """Classification by label words of 1, 2, 1, 2 ... tokens, a sequence for every word."""
+    return labelled("classification", [1 + s % 2 for s in range(len(lengths))], lengths, choices, seed)
+
+
+def texts(*lengths: int, mean: bool = False, counts: tuple[int, ...] = (), seed: int = 1) -> Batch:
+    """Completions of as many tokens as `counts` says, else half of a sequence: another number for every one."""
+    found = labelled("completion", list(counts) or [n // 2 for n in lengths], lengths, 1, seed)
+    return replace(found, mean=mean)
+
+
+def labelled(kind: Any, counts: list[int], lengths: tuple[int, ...], choices: int, seed: int) -> Batch:
+    ids, mask = sequences(*lengths, seed=seed)
+    rows = torch.cat([torch.full((n,), s) for s, n in enumerate(counts)])
+    places = torch.cat([torch.arange(t - n - 1, t - 1) for t, n in zip(lengths, counts, strict=True)])
+    labels = None if kind == "completion" else torch.arange(len(lengths) // choices) % choices
+    return Batch(kind, ids, mask, rows, places, ids[rows, places + 1], labels, choices)
+
+
+BATCHES = {
+    "words": words(7, 3, 5, 1, 11, 2, 7, 4),
+    "phrases": phrases(7, 9, 5, 4, 11, 3, 8, 6, 5, 5, 3, 4, 9, 7, 6, 8),
+    "even texts": texts(7, 9, 5, 4, 11, 3, 8, 6, counts=(2,) * 8),
+    "texts": texts(7, 9, 5, 4, 11, 3, 8, 6),
+    "mean texts": texts(7, 9, 5, 4, 11, 3, 8, 6, mean=True),
+}
+
+
+def method(model: nn.Module, **arguments: Any) -> ZOActTail:
+    """An optimizer with bases and S that are random, and radii that are felt."""
+    given = {"rank": 5, "outputs": 3, "queries": 4, "sigma": 0.25, "lr": 0.0, "floor_every": 0, "seed": 9} | arguments
+    optimizer = ZOActTail(model, **given)
+    generator = torch.Generator().manual_seed(6)
+    for t in found(optimizer).values():
+        t.layer.basis.copy_(torch.randn(t.layer.basis.shape, generator=generator) / t.layer.in_features**0.5)
+        t.left.copy_(torch.linalg.qr(torch.randn(t.left.shape, generator=generator)).Q)
+        t.value.copy_(torch.randn(t.value.shape, generator=generator) / 4)
+        t.settle()
+    return optimizer
+
+
+def found(optimizer: ZOActTail) -> dict[str, Between]:
+    return {name: t for name, t in optimizer.trainables.items() if isinstance(t, Between)}
+
+
+def written_out(optimizer: ZOActTail, seed: int, sigma: float, dtype: torch.dtype) -> nn.Module:
+    """The model with W_eff = D(W) + U (S + sigma Z) A^T in ordinary layers, summed in float64, Z by the law."""
+    dense = unswap(copy.deepcopy(optimizer.model)).double()
+    for name, t in found(optimizer).items():
+        assert t.layer.basis is not None
+        z = torch.as_tensor(rng.noise(optimizer.noise, seed, int(t.param_id), *t.value.shape)).double()
+        delta = t.left.double() @ (t.value.double() + sigma * z) @ t.layer.basis.double().T
+        module: Any = dense.get_submodule(name)
+        module.weight.data += delta if isinstance(module, nn.Linear) else delta.T
+    return dense.to(dtype)
+
+
+def step(optimizer: ZOActTail, given: Batch) -> Any:
+    return optimizer.step_on([functools.partial(group_losses, optimizer.model, given)], given.leading)
+
+
+@torch.no_grad()
+def hold(optimizer: ZOActTail, given: Batch) -> None:
+    """All row groups of a step, and what a clean forward scores, against the models written out."""
+    result = step(optimizer, given)
+    shares = given.split(given.examples // optimizer.queries) if optimizer.spread else [given] * optimizer.queries
+    assert result.losses.shape == (2 * optimizer.queries, shares[0].examples)
+    plain, truth = (
+        torch.cat(
+            [
+                group_losses(written_out(optimizer, int(seed), sign * optimizer.sigma, dtype), share)
+                for seed, share in zip(result.seeds, shares, strict=True)
+                for sign in (1, -1)
+            ]
+        )
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert_no_worse(result.losses.float(), plain.float(), truth, "groups")
+    felt = (result.losses[0::2] - result.losses[1::2]).abs().max()
+    assert float(felt) > 1e-2  # or a tail that is deaf would pass
+    clean = [written_out(optimizer, 0, 0.0, dtype) for dtype in (torch.float32, torch.float64)]
+    look = group_losses if given.kind == "completion" else group_scores
+    with optimizer.forking():
+        assert opened(optimizer.model) is optimizer.fork
+        mine = look(optimizer.model, given)
+    outside = look(optimizer.model, given)
+    for what, values in (("inside", mine), ("outside", outside)):
+        assert_no_worse(values.float(), look(clean[0], given).float(), look(clean[1], given), what)
+
+
+# --- the same losses --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spread", (True, False))
+@pytest.mark.parametrize("batch", BATCHES)
+def test_every_group_is_the_whole_model_written_out(batch: str, spread: bool) -> None:
+    hold(method(fresh(), spread=spread), BATCHES[batch])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_other_models(kind: str) -> None:
+    hold(method(fresh(kind)), BATCHES["words"])
+    hold(method(fresh(kind), spread=False, queries=3, noise="rademacher"), BATCHES["texts"])
+
+
+@pytest.mark.parametrize("layers", (1, 2, 3))
+@pytest.mark.parametrize("kind", ("llama", "gemma2", "gpt2"))
+def test_more_linears(kind: str, layers: int) -> None:
+    if kind == "gpt2" and layers == 3:
+        pytest.skip("its MLP has two")
+    optimizer = method(fresh(kind), layers=layers)
+    names = {name.rpartition(".")[2] for name in optimizer.trainables}
+    assert names <= {"down_proj", "up_proj", "gate_proj", "c_fc", "c_proj"} and len(optimizer.trainables) == layers
+    hold(optimizer, BATCHES["words"])
+    hold(method(fresh(kind), layers=layers, spread=False), BATCHES["texts"])
+
+
+@pytest.mark.parametrize("given", (words(1), words(7), texts(9, mean=True), phrases(5, 6), phrases(5, 6, 7, choices=3)))
+def test_one_example(given: Batch) -> None:
+    hold(method(fresh(), queries=1), given)
+    hold(method(fresh(), queries=5, spread=False), given)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_small_chunks_of_the_head(batch: str) -> None:
+    """A row of logits at a time, behind a tail that has copies to keep apart."""
+    optimizer, given = method(fresh(), lr=0.0), BATCHES[batch]
+    wanted = step(optimizer, given).losses
+    optimizer.iteration = 0
+    small = optimizer.step_on([lambda g: group_losses(optimizer.model, given, g, chunk_bytes=1)], given.leading).losses
+    # The head multiplies other numbers of rows at once: that much of float32, and no more
+    assert_no_worse(small.float(), wanted.float(), wanted, "chunks")
+
+
+def test_the_first_sequence_may_be_the_shortest() -> None:
+    """A sequence of one token can't tell a tail from the whole model: it must not end the question."""
+    hold(method(fresh()), words(1, 1, 1, 1))
+    optimizer = method(fresh(), layers=4)  # attention is in the tail
+    with pytest.raises(ValueError, match="not what the whole model gives"):
+        step(optimizer, words(1, 1, 1, 1))
+        step(optimizer, words(7, 3, 5, 4))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_activations_of_16_bits(dtype: torch.dtype) -> None:
+    """No farther from float64 than the whole model is at the same dtype."""
+    optimizer, given = method(fresh().to(dtype)), BATCHES["words"]
+    with torch.no_grad():
+        with optimizer.forking():
+            mine = group_scores(optimizer.model, given)
+        truth = group_scores(written_out(optimizer, 0, 0.0, torch.float64), given)
+        whole = group_scores(optimizer.model, given)
+    assert_no_worse(mine.to(dtype), whole.to(dtype), truth)
+    assert torch.isfinite(step(optimizer, given).losses).all()
+
+
+def test_a_batch_that_holds_a_sequence_twice() -> None:
+    given = words(7, 7, 3, 3)
+    result = step(method(fresh(), spread=False), given)
+    assert torch.equal(result.losses[:, 0].isfinite(), torch.ones(8, dtype=torch.bool))
+    hold(method(fresh()), given)
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_hit_is_a_miss_bit_for_bit(batch: str) -> None:
+    optimizer, given = method(fresh()), BATCHES[batch]
+    first = step(optimizer, given).losses
+    cache = optimizer.fork.cache
+    misses = cache.misses
+    assert misses and cache.bytes <= cache.limit
+    optimizer.iteration = 0
+    again = step(optimizer, given).losses
+    assert torch.equal(first, again) and cache.misses == misses
+    optimizer.iteration = 0
+    optimizer.fork.forget()
+    assert not cache.bytes
+    assert torch.equal(first, step(optimizer, given).losses)
+    # and whatever asked first
+    other = method(fresh())
+    step(other, texts(11, 8, 5, 4, seed=3))
+    step(other, words(11, 2, 4, 6, seed=2))
+    step(other, given.split(4)[1])
+    other.iteration = 0
+    assert torch.equal(first, step(other, given).losses)
+
+
+@pytest.mark.parametrize("size", (0, 1, 700, 2000))
+def test_a_cache_that_is_too_small(size: int) -> None:
+    optimizer, wanted = method(fresh(), tail_cache=size), method(fresh())
+    for given in (BATCHES["words"], BATCHES["phrases"], BATCHES["words"]):
+        assert torch.equal(step(optimizer, given).losses, step(wanted, given).losses)
+        assert optimizer.fork.cache.bytes <= size < wanted.fork.cache.bytes
+
+
+def test_the_least_recently_used_leave_first() -> None:
+    optimizer = method(fresh(), queries=1)
+    step(optimizer, words(3))
+    one = optimizer.fork.cache.bytes
+    optimizer = method(fresh(), queries=1, tail_cache=2 * one + one // 2)
+    for n in (3, 4, 3, 5):  # 4 leaves
+        step(optimizer, words(n))
+    misses = optimizer.fork.cache.misses
+    assert misses == 3
+    step(optimizer, words(3))
+    assert optimizer.fork.cache.misses == misses
+    step(optimizer, words(4))
+    assert optimizer.fork.cache.misses == misses + 1
+
+
+def test_a_bad_size_of_the_cache() -> None:
+    with pytest.raises(ValueError, match="-1"):
+        step(method(fresh(), tail_cache=-1), words(3, 4, 5, 6))
+
+
+def test_only_the_label_rows_run() -> None:
+    """Behind the kept rows the last block sees G n rows of one token, and nothing before it computes."""
+    optimizer, given = method(fresh()), BATCHES["words"]
+    step(optimizer, given)
+    seen: dict[str, list[tuple[int, ...]]] = {}
+    layers = zo_layers(optimizer.model)
+
+    def see(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.setdefault(name, []).append(tuple(args[0].shape))
+
+    own = layers["model.layers.2.mlp.down_proj"]
+    probe = own.probe
+    shapes = []
+    own.probe = lambda layer, x, *rest: (shapes.append(tuple(x.shape)), probe(layer, x, *rest))[1]
+    head = optimizer.model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(functools.partial(see, "head"))
+    step(optimizer, given)
+    handle.remove()
+    own.probe = probe
+    assert shapes == [(16, 1, 40)]  # 2 copies of 8 label rows
+
+
+# --- neighbours -------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_of_a_tail_stays() -> None:
+    model, given = fresh(), BATCHES["words"]
+    optimizer = method(model)
+    before = {name: set(vars(m)) for name, m in model.named_modules()}
+    names, outside = list(model.state_dict()), group_losses(model, given)
+    with optimizer.forking():
+        assert "forward" in vars(model.model) and list(model.state_dict()) == names
+        with torch.no_grad():  # no label rows, no tail
+            inside, ids = model(given.input_ids, given.attention_mask).logits, given.input_ids
+    with torch.no_grad():
+        assert torch.equal(inside, model(ids, given.attention_mask).logits)
+    step(optimizer, given)
+    assert {name: set(vars(m)) for name, m in model.named_modules()} == before and opened(model) is None
+    assert torch.equal(outside, group_losses(model, given))
+
+
+def test_after_an_error_nothing_stays() -> None:
+    model = fresh()
+    optimizer, before = method(model), {name: set(vars(m)) for name, m in model.named_modules()}
+    wanted = step(method(fresh()), BATCHES["words"]).losses
+    handle = model.model.layers[1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        step(optimizer, BATCHES["words"])
+    handle.remove()
+    assert {name: set(vars(m)) for name, m in model.named_modules()} == before and opened(model) is None
+    assert not optimizer.fork.handle.active
+    optimizer.iteration = 0
+    assert torch.equal(step(optimizer, BATCHES["words"]).losses, wanted)
+
+
+def test_a_second_tail_and_a_fork() -> None:
+    model, given = fresh(), BATCHES["words"]
+    optimizer = method(model)
+    wanted = step(optimizer, given).losses
+    second, fork = Tail(model, 1 << 20), Fork(model)
+    assert fork.first == L - 1
+    sigmas = torch.tensor([[0.25], [-0.25]])
+    sizes = tuple(2 * size for size in given.leading)
+    got = []
+    for opening in (optimizer.fork, second, fork):
+        with torch.no_grad(), opening.open(), perturbed(model, torch.tensor([17]), sigmas, leading=sizes):
+            got.append(group_losses(model, given, 2))
+    assert torch.equal(got[0], got[1])
+    plain, truth = (
+        torch.cat([group_losses(written_out(optimizer, 17, s, d), given) for s in (0.25, -0.25)])
+        for d in (torch.float32, torch.float64)
+    )
+    for losses in got:
+        assert_no_worse(losses.float(), plain.detach().float(), truth.detach())
+    optimizer.iteration = 0
+    assert torch.equal(step(optimizer, given).losses, wanted)
+
+
+def test_an_open_tail_is_of_its_own_model() -> None:
+    mine, other = fresh(), fresh()
+    wanted = group_losses(other, BATCHES["words"])
+    with method(mine).forking():
+        assert opened(other) is None
+        assert torch.equal(group_losses(other, BATCHES["words"]), wanted)
+
+
+def test_evaluation() -> None:
+    optimizer = method(fresh())
+    given = [BATCHES["words"], words(9, 8, seed=4)]
+    outside = evaluate(optimizer.model, given)
+    with optimizer.forking():
+        inside = evaluate(optimizer.model, given)
+    assert torch.equal(inside.correct, outside.correct)
+    assert_no_worse(inside.losses.float(), outside.losses.float(), outside.losses)
+
+
+def test_other_label_words_of_the_same_model() -> None:
+    """Rows of the head are kept by word, not by their number."""
+    optimizer, given = method(fresh()), BATCHES["words"]
+    hold(optimizer, given)
+    optimizer.iteration = 0
+    hold(optimizer, replace(given, targets=torch.tensor([[12, 13, 50]]).expand(8, -1)))
+    optimizer.iteration = 0
+    hold(optimizer, replace(given, targets=torch.tensor([[12, 50], [5, 9]]).repeat(4, 1), labels=given.labels % 2))
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_trained_outside_the_last_block() -> None:
+    model = fresh()
+    layer = zo_layers(model)["model.layers.1.mlp.up_proj"]
+    optimizer = method(model)
+    layer.set_basis(torch.randn(H, 2))
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj is trained"):
+        step(optimizer, BATCHES["words"])
+
+
+@pytest.mark.parametrize("layers", (4, 5, 7))
+def test_attention_in_the_tail(layers: int) -> None:
+    with pytest.raises(ValueError, match="mixes tokens"):
+        step(method(fresh(), layers=layers), BATCHES["words"])
+
+
+def test_too_many_layers() -> None:
+    with pytest.raises(ValueError, match="layers is 8; the last block of the model has 7"):
+        ZOActTail(fresh(), layers=8)
+
+
+class Smear(nn.Module):
+    """Every token gets something of those before it, behind the MLP's last linear."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.inner(*args, **kwargs)
+        return output + 0.1 * output.cumsum(1)
+
+
+def test_a_block_that_mixes_tokens_behind_its_linears() -> None:
+    model = fresh()
+    for block in model.model.layers:
+        block.mlp = Smear(block.mlp)
+    with pytest.raises(ValueError, match="mixes tokens"):
+        step(method(model), BATCHES["words"])
+
+
+def test_attention_that_is_no_linear() -> None:
+    """GPT-2's Conv1D, not swapped, can't be given what was kept."""
+    with pytest.raises(ValueError, match="not what the whole model gives"):
+        step(method(fresh("gpt2", "*mlp.c_proj")), BATCHES["words"])
+    hold(method(fresh("gpt2", "*mlp.c_proj *attn.c_proj")), BATCHES["words"])
+
+
+def test_linears_that_are_not_swapped_are_kept_all_the_same() -> None:
+    hold(method(fresh("llama", "*mlp.down_proj")), BATCHES["words"])
+
+
+def test_compiled_blocks() -> None:
+    model = fresh()
+    model.model.layers[1].compile()
+    with pytest.raises(ValueError, match="compiled"):
+        step(method(model), BATCHES["words"])
+
+
+def test_pads_on_the_left() -> None:
+    given = words(7, 3, 5, 4)
+    left = replace(given, attention_mask=given.attention_mask.flip(1), input_ids=given.input_ids.flip(1))
+    optimizer = method(fresh())
+    with pytest.raises(ValueError, match="pads on the right"):
+        step(optimizer, left)
+    assert opened(optimizer.model) is None
+    hole = given.attention_mask.clone()
+    hole[0, 3] = 0
+    with pytest.raises(ValueError, match="pads on the right"):
+        step(optimizer, replace(given, attention_mask=hole))
+
+
+def test_copies_that_differ() -> None:
+    model = fresh()
+    optimizer, given = method(model, spread=False), BATCHES["words"]
+    twice = replace(given, input_ids=torch.cat([given.input_ids, given.input_ids.flip(0)]))
+    twice = replace(twice, attention_mask=torch.cat([given.attention_mask] * 2), label_rows=torch.arange(16))
+    twice = replace(twice, label_positions=given.label_positions.repeat(2), targets=given.targets[:1].expand(16, -1))
+    sigmas = torch.tensor([[0.25], [-0.25]])
+    with optimizer.forking(), perturbed(model, torch.tensor([17]), sigmas), pytest.raises(ValueError, match="copies"):
+        group_losses(model, replace(twice, labels=given.labels.repeat(2)))

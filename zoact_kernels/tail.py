@@ -239,8 +239,8 @@ class Tail:
         error = float((mine - wanted).abs().max() / wanted.abs().max())
         if not error < CHECKED:
             raise ValueError(
-                f"the tail of {type(self.body).__name__} is not what the whole model gives (relative error {error:.1e}): "
-                "after its first trained linear something mixes tokens, or is no linear"
+                f"the tail of {type(self.body).__name__} is not what the whole model gives (relative error "
+                f"{error:.1e}): after its first trained linear something mixes tokens, or is no linear"
             )
         self._checked = True
 

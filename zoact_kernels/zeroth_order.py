@@ -198,7 +198,7 @@ class ZeroOrder:
         return estimators.group_sigmas(self.sides, self.queries, self.sigma)
 
     def prepare(self, batches: Iterable[Any], evaluate: Callable[[Any], Tensor]) -> None:
-        """Take from the first batches of a new run what is fixed from then on; evaluate(batch): a clean forward of it."""
+        """Take from the first batches of a new run what is fixed from then on. evaluate(batch): a clean forward."""
 
     def refresh(self) -> None:
         """Bring what changes from step to step (a basis, say) to step `iteration`; steps and replay both call it."""

@@ -163,7 +163,7 @@ class AGZO(ZeroOrder):
         told = f"not reached, left as they are: {', '.join(missing)}" if missing else ""
         if told not in self.note:
             self.note = "; ".join(filter(None, (self.note, told)))
-        return losses[self._extra :]
+        return losses[self._extra :] + 0 * losses[: self._extra].sum(0)  # NaN where that group was lost
 
     def _basis_of(self, leader: str, rows: Tensor, number: Tensor | None) -> Tensor:
         start = rows.new_empty(len(rows), self.rank)

@@ -6,7 +6,7 @@
 
 A method says which parameters are its trainables and how a forward perturbs them (trainables); the rest is here. A step
 is a function of (theta, moments, t) and of the losses, so (seeds, weights, lr, skipped) of every step is a complete
-log: `replay` rebuilds theta from it without evaluating the model.
+log: `replay` rebuilds theta from it without evaluating the model, unless a direction is made of what it computes.
 """
 
 from __future__ import annotations

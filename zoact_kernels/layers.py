@@ -304,28 +304,11 @@ class ZOLinear(nn.Module):
                 raise RuntimeError(f"layer {self.name!r} has no basis yet; call compute_basis or set_basis first")
         side = self.coeff is not None and self.basis is not None
         return torch.ops.zoact.zo_linear(
-            x,
-            self.weight,
-            self.scale,
-            self.offset,
-            self.nested,
-            bias,
-            self.base_basis,
-            self.base_coeff,
-            self.basis if side else None,
-            self.coeff if side else None,
-            None,
-            None,
-            seeds,
-            sigmas,
-            self.param_id if seeds is not None else None,
-            self.format,
-            self.layout,
-            self.group_size,
-            self.out_features,
-            p.noise,
-            groups,
-        )
+            x, self.weight, self.scale, self.offset, self.nested, bias, self.base_basis, self.base_coeff,
+            self.basis if side else None, self.coeff if side else None, None, None, seeds, sigmas,
+            self.param_id if seeds is not None else None, self.format, self.layout, self.group_size, self.out_features,
+            p.noise, groups,
+        )  # fmt: skip
 
     def packed(self) -> PackedWeight:
         """The stored weight, sharing this layer's tensors."""

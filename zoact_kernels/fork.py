@@ -289,7 +289,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def moves(module: nn.Module) -> bool:
     """Whether a perturbation of the model, when it is active, changes what this module computes."""
     handle = getattr(module, "perturbation", None)
-    if not isinstance(handle, Perturbation):
+    if not isinstance(handle, Perturbation) or handle.idle:
         return False
     if isinstance(module, ZOLinear):
         return module.coeff is not None or module.probe is not None or module.bias_id is not None

@@ -115,6 +115,7 @@ class ZeroOrder:
     summary = ""  # one line
     replayable = True  # from (seeds, weights, lr) of each step, without the model
     basis = "none"  # when A is computed: "none", "activations" (once, from the first batches) or "random"
+    one_graph = True  # whether every step does the same on the device, so that a CUDA graph can hold it
     dense = False  # whether it trains the weights themselves
     known_sides: tuple[str, ...] = estimators.SIDES
 
@@ -166,7 +167,8 @@ class ZeroOrder:
         self.iteration = 0  # steps taken, skipped ones included: the next step's number
         self.trainables = {t.name: t for t in self.find(model, release(model))}
         self._fork_wanted, self._prefix_cache = fork, prefix_cache
-        self.rule = self.make_rule(optimizer, betas=betas, eps=eps, weight_decay=weight_decay, noise=noise)
+        rule = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "noise": noise}
+        self.rule: Any = self.make_rule(optimizer, list(self.trainables.values()), **rule)  # optim.SGD or like it
         self.floor = float("nan")
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._warned = False
@@ -175,12 +177,16 @@ class ZeroOrder:
         self.groups = estimators.group_count(sides, queries)
         self._table = estimators.group_sigmas(sides, queries, sigma)
         self._radii = Radii.of(self._table, device)
-        self._seeds = torch.zeros(queries, dtype=torch.int64, device=device)
-        self._weights = torch.zeros(queries, dtype=torch.float32, device=device)
+        self._seeds = torch.zeros(self.draws(), dtype=torch.int64, device=device)
+        self._weights = torch.zeros(self.draws(), dtype=torch.float32, device=device)
 
     def find(self, model: nn.Module, handle: Perturbation) -> Sequence[Trainable]:
         """The parameters that this method moves, set up so that `perturbed` (through `handle`) moves them."""
         raise NotImplementedError
+
+    def draws(self) -> int:
+        """S, the noises of a step."""
+        return self.queries
 
     def refresh(self) -> None:
         """Bring what changes from step to step (a basis, say) to step `iteration`; steps and replay both call it."""
@@ -207,13 +213,13 @@ class ZeroOrder:
         with self.fork.open() if self.fork else contextlib.nullcontext():
             yield
 
-    def make_rule(self, optimizer: str, **arguments: Any) -> optim.SGD:
-        """What moves the values of the trainables."""
+    def make_rule(self, optimizer: str, trainables: Sequence[Trainable], **arguments: Any) -> optim.SGD:
+        """What moves the values of `trainables`."""
         return optim.RULES[optimizer](
-            {name: t.value for name, t in self.trainables.items()},
-            torch.cat([t.param_id for t in self.trainables.values()]),
-            gains={name: t.gain for name, t in self.trainables.items()},
-            masks={name: t.mask for name, t in self.trainables.items()},
+            {t.name: t.value for t in trainables},
+            torch.cat([t.param_id for t in trainables]),
+            gains={t.name: t.gain for t in trainables},
+            masks={t.name: t.mask for t in trainables},
             **arguments,
         )
 
@@ -283,7 +289,7 @@ class ZeroOrder:
             if row.seeds.shape != self._seeds.shape or row.weights.shape != self._weights.shape:
                 raise ValueError(
                     f"step {row.step} has seeds {tuple(row.seeds.shape)} and weights {tuple(row.weights.shape)}; "
-                    f"with {self.queries} queries they are ({self.queries},)"
+                    f"with {self.queries} queries they are ({self.draws()},)"
                 )
             self._check()
             self.refresh()
@@ -375,12 +381,19 @@ class ZeroOrder:
 
     def _draw(self) -> Tensor:
         """Seeds of step `iteration`, int64 [S] on the CPU."""
-        return torch.tensor([rng.seed_for(self.seed, self.iteration, query) for query in range(self.queries)])
+        return torch.tensor([rng.seed_for(self.seed, self.iteration, query) for query in range(self.draws())])
 
     def _on_device(self, parts: Sequence[Evaluation], rows: tuple[int, ...], dry: bool = False) -> Tensor:
         """Evaluate, estimate, update: losses float64 [G, B]. The host neither waits nor decides in between, so a CUDA
         graph can hold it (StepGraph). dry: change nothing."""
         losses, weights = self._estimate(parts, rows)
+        self._take(losses, weights, dry)
+        self.rule.launch(self._seeds, self._weights)
+        self._settle()
+        return losses
+
+    def _take(self, losses: Tensor, weights: Tensor, dry: bool) -> None:
+        """The weights [S] of a step, which is skipped where they, or the losses that they come from, are no use."""
         self._weights.copy_(weights)
         fine = torch.isfinite(losses).all() & torch.isfinite(self._weights).all()
         if self.scaling == "std":  # zeros where all queries saw the same
@@ -388,9 +401,6 @@ class ZeroOrder:
         self.rule.skip.copy_(fine.logical_not())
         if dry:
             self.rule.skip.fill_(True)
-        self.rule.launch(self._seeds, self._weights)
-        self._settle()
-        return losses
 
     def _estimate(self, parts: Sequence[Evaluation], rows: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Losses float64 [G, B] and the weights [S] that they give `_seeds`, on the device. Raises nothing for NaN."""
@@ -401,7 +411,7 @@ class ZeroOrder:
     def _finish(self, losses: Tensor, shrunk: Tensor | None) -> StepResult:
         """Count the step and tell what it did, once its losses [G, B] are on the CPU."""
         if shrunk is not None:
-            self.floor = estimators.rounding_floor(losses, shrunk, self.sides, self.queries)
+            self.floor = estimators.rounding_floor(losses[: self.groups], shrunk, self.sides, self.queries)
         step, lr, signal = self.iteration, self._rate(), self._signal(losses)
         seeds, weights = (tensor.to("cpu", copy=True) for tensor in (self._seeds, self._weights))
         reason = self._reason(losses, weights) if bool(self.rule.skip) else ""
@@ -434,7 +444,7 @@ class ZeroOrder:
         if self.mode == "stacked":
             leading = tuple(groups * size for size in rows)
             with perturbed(self.model, self._seeds, radii.device * shrink, self.noise, leading):
-                losses = _losses(evaluate(groups), groups)
+                losses = own_losses(evaluate(groups), groups)
             yield losses
             return
         examples = 0
@@ -443,7 +453,7 @@ class ZeroOrder:
             seeds = torch.cat([self._seeds[s : s + 1] for s in used])
             sigmas = torch.cat([radii.device[g : g + 1, s : s + 1] for s in used], dim=1)
             with perturbed(self.model, seeds, sigmas * shrink, self.noise, rows):
-                losses = _losses(evaluate(1), 1)
+                losses = own_losses(evaluate(1), 1)
             if examples not in (0, losses.numel()):
                 raise ValueError(f"a group has {losses.numel()} losses, another {examples}; all see the same batch")
             examples = losses.numel()
@@ -488,7 +498,7 @@ class ZeroOrder:
             trainable.check()
 
 
-def _losses(losses: Tensor, groups: int) -> Tensor:
+def own_losses(losses: Tensor, groups: int) -> Tensor:
     """Per-example losses of a closure as float64 [groups, B]."""
     if losses.dtype not in (torch.float32, torch.float64):
         raise ValueError(

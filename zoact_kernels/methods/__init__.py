@@ -5,6 +5,8 @@
     fzoo     random signs, one-sided, differences divided by their spread               arXiv 2506.09034
     sparse-mezo, zo-sparse   MeZO under a mask by magnitude, or by chance               arXiv 2402.15751, 2402.11592
     zo-sign, zo-momentum, zo-adam   MeZO with another rule                              arXiv 2402.11592
+    zo-conservative   the better of both sides and of staying                           arXiv 2402.11592
+    mezo-bcd, zo-act-bcd, zo-module-wise   one block, or one module, at a time          arXiv 2501.19099, 2402.11592
     lozo, lozo-m   U V^T, V renewed now and then, SGD or momentum in the factor         arXiv 2410.07698
     qzo      the scales of a low-bit model, clipped differences                          arXiv 2505.13430
     subzero  U Z V^T, U and V orthonormal and renewed now and then, SGD                 arXiv 2410.08989
@@ -21,7 +23,8 @@ from torch import nn
 
 from ..zeroth_order import MODES, RECENT, Evaluation, LoggedStep, StepResult, ZeroOrder
 from .activation import ZOAct, ZOActOneSided
-from .dense import FZOO, MeZO, SparseMeZO, ZOAdam, ZOMomentum, ZOSign, ZOSparse
+from .blocks import MeZOBCD, ZOActBCD, ZOModuleWise
+from .dense import FZOO, MeZO, SparseMeZO, ZOAdam, ZOConservative, ZOMomentum, ZOSign, ZOSparse
 from .low_rank import LOZO, LOZOM, SubZero
 from .scales import QZO
 
@@ -50,6 +53,10 @@ METHODS: dict[str, type[ZeroOrder]] = {
         ZOSign,
         ZOMomentum,
         ZOAdam,
+        ZOConservative,
+        MeZOBCD,
+        ZOActBCD,
+        ZOModuleWise,
         LOZO,
         LOZOM,
         SubZero,

@@ -306,6 +306,7 @@ def test_bench_says_what_it_can_time(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_bench_needs_the_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("zoact_kernels.cli.__file__", str(tmp_path / "site-packages" / "zoact_kernels" / "cli.py"))
+    path = tmp_path / "site-packages" / "zoact_kernels"
+    monkeypatch.setattr("zoact_kernels.cli.hardware.__file__", str(path / "cli" / "hardware.py"))
     assert zoact("bench") == 2
     assert "in the repository" in capsys.readouterr().err

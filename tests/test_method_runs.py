@@ -77,7 +77,7 @@ def test_options_of_a_method(files: dict[str, str], tmp_path: Path, capsys: pyte
     assert "options that only mezo has" in capsys.readouterr().err
     assert zoact(*command(files, tmp_path / "run", "mezo"), "--option", "period") == 2
     assert "name=value" in capsys.readouterr().err
-    assert cli._values(["a=1", "b=true", "c=text", "d=1e-3", "e=x=y"]) == {
+    assert cli.runs._values(["a=1", "b=true", "c=text", "d=1e-3", "e=x=y"]) == {
         "a": 1, "b": True, "c": "text", "d": 1e-3, "e": "x=y",
     }  # fmt: skip
 

@@ -143,7 +143,7 @@ def zoact(*arguments: str) -> int:
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli, "_arch_here", lambda: "sm_90")
+    monkeypatch.setattr(cli.hardware, "arch_here", lambda: "sm_90")
     monkeypatch.setattr(tune, "on_gpu", lambda: lambda s, tile: 1.0 / tile.warps)
     path = tmp_path / "tiles.json"
     assert zoact("--shapes", "4096x14336, 64x64", "--rows", "1,16,200", "--out", str(path)) == 0
@@ -165,7 +165,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_command_says_what_is_wrong(
     arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_arch_here", lambda: "")
+    monkeypatch.setattr(cli.hardware, "arch_here", lambda: "")
     assert zoact(*arguments) == 2
     said = capsys.readouterr()
     assert message in " ".join((said.out + said.err).split())

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from . import estimators, ops, optim, rng
 from .activations import evaluating
-from .fork import Fork
+from .fork import Fork, fork_of
 from .layers import Perturbation, perturbed, release
 from .trainables import Trainable
 
@@ -197,21 +197,12 @@ class ZeroOrder:
 
     @functools.cached_property
     def fork(self) -> Fork | None:
-        """Where the row groups part, None if in the first block. ValueError where what was asked for can't be."""
-        if self._fork_wanted is False:
-            return None
-        try:
-            return Fork(self.model, cache_bytes=self._prefix_cache)
-        except ValueError:
-            if self._fork_wanted or self._prefix_cache:
-                raise
-            return None
+        """Where the row groups part, None if at once. Raises ValueError where what was asked for can't be."""
+        return fork_of(self.model, self._fork_wanted, self._prefix_cache)
 
-    @contextlib.contextmanager
-    def forking(self) -> Iterator[None]:
+    def forking(self) -> contextlib.AbstractContextManager[None]:
         """Inside the block forwards of the model, clean ones too, share what is before the fork and what it keeps."""
-        with self.fork.open() if self.fork else contextlib.nullcontext():
-            yield
+        return self.fork.open() if self.fork else contextlib.nullcontext()
 
     def make_rule(self, optimizer: str, trainables: Sequence[Trainable], **arguments: Any) -> optim.SGD:
         """What moves the values of `trainables`."""
@@ -444,7 +435,7 @@ class ZeroOrder:
         if self.mode == "stacked":
             leading = tuple(groups * size for size in rows)
             with perturbed(self.model, self._seeds, radii.device * shrink, self.noise, leading):
-                losses = own_losses(evaluate(groups), groups)
+                losses = estimators.per_example(evaluate(groups), groups)
             yield losses
             return
         examples = 0
@@ -453,7 +444,7 @@ class ZeroOrder:
             seeds = torch.cat([self._seeds[s : s + 1] for s in used])
             sigmas = torch.cat([radii.device[g : g + 1, s : s + 1] for s in used], dim=1)
             with perturbed(self.model, seeds, sigmas * shrink, self.noise, rows):
-                losses = own_losses(evaluate(1), 1)
+                losses = estimators.per_example(evaluate(1), 1)
             if examples not in (0, losses.numel()):
                 raise ValueError(f"a group has {losses.numel()} losses, another {examples}; all see the same batch")
             examples = losses.numel()
@@ -496,19 +487,3 @@ class ZeroOrder:
     def _check(self) -> None:
         for trainable in self.trainables.values():
             trainable.check()
-
-
-def own_losses(losses: Tensor, groups: int) -> Tensor:
-    """Per-example losses of a closure as float64 [groups, B]."""
-    if losses.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"losses are {losses.dtype}; needed are float32 or float64: one ulp of a 16-bit loss is larger than what a "
-            "step measures. Cast the logits with .float() before the loss"
-        )
-    expected = losses.dim() < 2 or (losses.dim() == 2 and losses.shape[0] == groups)
-    if not expected or losses.numel() == 0 or losses.numel() % groups:
-        raise ValueError(
-            f"losses have shape {tuple(losses.shape)}; {groups} row groups give ({groups} * B,) or ({groups}, B), one "
-            "loss per example, group after group"
-        )
-    return losses.detach().double().reshape(groups, -1)

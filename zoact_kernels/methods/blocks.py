@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -117,15 +117,12 @@ class InParts(ZeroOrder):
         found.remember = False
         return found if rng.strip_prefixes(found.name) == self.stack_name else None
 
-    @contextlib.contextmanager
-    def forking(self) -> Iterator[None]:
+    def forking(self) -> contextlib.AbstractContextManager[None]:
         block = self.parts[self.exposed].block
         if self.fork is None or block is None:
-            yield
-            return
+            return contextlib.nullcontext()
         self.fork.first = block
-        with self.fork.open():
-            yield
+        return self.fork.open()
 
 
 class _ByTurns(InParts):

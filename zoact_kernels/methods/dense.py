@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import rng
+from .. import estimators, rng
 from ..layers import Mask, Perturbation
 from ..trainables import Weight, weights
-from ..zeroth_order import Evaluation, ZeroOrder, own_losses
+from ..zeroth_order import Evaluation, ZeroOrder
 from .checks import check_period, check_share
 
 
@@ -171,7 +171,7 @@ class ZOConservative(MeZO):
     def _clean(self, parts: Sequence[Evaluation], examples: int) -> Tensor:
         """Losses [1, B] at theta; a closure over stacked inputs gives them once for every copy."""
         with self.forking():
-            return torch.cat([own_losses(part(1), 1) for part in parts], dim=1)[:, :examples]
+            return torch.cat([estimators.per_example(part(1), 1) for part in parts], dim=1)[:, :examples]
 
     def _signal(self, losses: Tensor) -> float:
         return super()._signal(losses[: self.groups])

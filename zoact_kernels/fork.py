@@ -172,27 +172,29 @@ class Fork:
         """Hidden states [B, T, H] at the fork for this call of the body, None where it has to compute them."""
         if not self.remember or not self.first:
             return None
+        given = list(_tensors((args, kwargs)))
+        if self.cache is None and given[0].device.type != "cpu" and self.handle.active and self.handle.groups > 1:
+            return None  # a stacked step sees its batch once; to compare it, the host would wait for the device
         state = _state(self._prefix)
         if state != self._prefix_state:
             self.forget()
             self._prefix_state = state
-        given = list(_tensors((args, kwargs)))
         if self._last is not None and _equal(given, self._last[0]):
             return self._last[1]
         if self.cache is None:
             return None
         ids, lengths = right_padded(args, kwargs)
-        rows = [self._sequence(forward, ids[s : s + 1, :n]) for s, n in enumerate(lengths)]
+        tokens = ids.cpu().numpy()
+        rows = [self._sequence(forward, tokens[s, :n].tobytes(), ids[s : s + 1, :n]) for s, n in enumerate(lengths)]
         held = rows[0].new_zeros(*ids.shape, rows[0].shape[-1])
         for own, row in zip(held, rows, strict=True):
             own[: len(row)] = row
         self._last = [t.clone() for t in given], held
         return held
 
-    def _sequence(self, forward: Callable[..., Any], ids: Tensor) -> Tensor:
+    def _sequence(self, forward: Callable[..., Any], key: bytes, ids: Tensor) -> Tensor:
         """Rows [t, H] of one sequence, int64 [1, t], from the cache or computed for it."""
         assert self.cache is not None
-        key = ids.cpu().numpy().tobytes()
         found = self.cache.get(key)
         if found is not None:
             return found
@@ -209,6 +211,21 @@ class Fork:
         row = call.hidden[0].clone()
         self.cache.put(key, row)
         return row
+
+
+def fork_of(model: nn.Module, wanted: bool | None, cache_bytes: int) -> Fork | None:
+    """The fork of a model; None where it is not wanted, or where it can't be and is left open (wanted=None, no cache).
+
+    Raises ValueError as `Fork` does.
+    """
+    if wanted is False:
+        return None
+    try:
+        return Fork(model, cache_bytes=cache_bytes)
+    except ValueError:
+        if wanted or cache_bytes:
+            raise
+        return None
 
 
 class Cache:
@@ -289,7 +306,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def moves(module: nn.Module) -> bool:
     """Whether a perturbation of the model, when it is active, changes what this module computes."""
     handle = getattr(module, "perturbation", None)
-    if not isinstance(handle, Perturbation):
+    if not isinstance(handle, Perturbation) or handle.idle:
         return False
     if isinstance(module, ZOLinear):
         return module.coeff is not None or module.probe is not None or module.bias_id is not None
@@ -430,7 +447,9 @@ def _repeat(x: Tensor, groups: int) -> Tensor:
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor):
+        raise ValueError("blocks take no hidden states as first argument or `hidden_states`; use fork=False")
     return hidden
 
 

@@ -30,6 +30,7 @@ class Perturbation:
     """
 
     active: bool
+    idle = False  # True: a stand-in that is never active, for modules whose turn it isn't
     seeds: Tensor  # int64 [S]
     sigmas: Tensor  # fp32 [G, S]
     groups: int
@@ -445,7 +446,8 @@ def perturbation_of(model: nn.Module) -> Perturbation:
     Raises:
         ValueError: the model has no ZOLinear, or its layers come from different models.
     """
-    found = {id(module.perturbation): module.perturbation for module in _perturbable(model)}
+    handles = (module.perturbation for module in _perturbable(model))
+    found = {id(handle): handle for handle in handles if not handle.idle}
     if len(found) != 1:
         what = "no ZOLinear layer: swap it first" if not found else "layers of several swapped models"
         raise ValueError(f"`model` has {what}")
@@ -454,14 +456,15 @@ def perturbation_of(model: nn.Module) -> Perturbation:
 
 def release(model: nn.Module) -> Perturbation:
     """No method perturbs anything but C of `model` any more; the handle of its layers, a new one where it has none."""
+    handle = perturbation_of(model) if _perturbable(model) else Perturbation()
     for module in model.modules():
         if isinstance(module, ZOLinear):
+            module.perturbation = handle
             module.probe = module.bias_id = module.sigma_scale = module.bias_sigma_scale = None
             module.mask = module.bias_mask = Mask()
         elif isinstance(module, Released):
             module.release()
-    found = _perturbable(model)
-    return perturbation_of(model) if found else Perturbation()
+    return handle
 
 
 class Released:

@@ -90,8 +90,12 @@ class ZOActTail(ZeroOrder):
         finally:
             for handle in handles:
                 handle.remove()
-        head = self.model.get_output_embeddings()
-        rows = self.fork.head_rows(head, torch.cat(tokens).unique(), layers[-1].out_features).double().cpu()
+        model: Any = self.model
+        rows = (
+            self.fork.head_rows(model.get_output_embeddings(), torch.cat(tokens).unique(), layers[-1].out_features)
+            .double()
+            .cpu()
+        )
         directions = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)
         for layer, gram, count in zip(layers, grams, counts, strict=True):
             assert layer.basis is not None and layer.out_basis is not None

@@ -212,6 +212,7 @@ class ZOLinear(nn.Module):
         self.out_basis: Tensor | None = (
             None  # U [N, Q] fp32 of what is learned between it and `basis`, if a method has one
         )
+        self.known: tuple[Tensor, Tensor] | None = None  # rows x [n, K] and x W^T [n, N] of a forward
         self.bias_id: Tensor | None = None  # int64 [1], of the bias' noise, if a method moves that too
         self.mask, self.bias_mask = Mask(), Mask()  # of what a dense method moves
         self.sigma_scale: Tensor | None = None  # fp32 [1], on the device: the weight's own factor on sigmas
@@ -433,6 +434,14 @@ class ZOLinear(nn.Module):
                 setattr(self, key, torch.empty_like(tensor, device=self.weight.device))
         del basis, coeff
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
+
+
+def base_product(layer: ZOLinear, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x D(W)^T + bias and what an earlier delta adds, without the layer's C."""
+    return torch.ops.zoact.zo_linear(
+        x, layer.weight, layer.scale, layer.offset, layer.nested, bias, layer.base_basis, layer.base_coeff, None, None,
+        None, None, None, None, None, layer.format, layer.layout, layer.group_size, layer.out_features,
+    )  # fmt: skip
 
 
 def zo_layers(model: nn.Module) -> dict[str, ZOLinear]:

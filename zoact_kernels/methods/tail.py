@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import Perturbation, ZOLinear, zo_layers
+from ..fork import running
+from ..layers import Perturbation, zo_layers
 from ..tail import Tail
 from ..trainables import Between, Trainable, between
 from ..zeroth_order import ZeroOrder
@@ -76,20 +78,19 @@ class ZOActTail(ZeroOrder):
         grams = [torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64) for layer in layers]
         counts, tokens = [0] * len(layers), []
 
-        def see(index: int, layer: ZOLinear, args: tuple[Tensor, ...]) -> None:
-            rows = args[0].reshape(-1, layer.in_features).double().cpu()
+        def see(index: int, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+            rows = x.reshape(-1, x.shape[-1]).double().cpu()
             grams[index] += rows.T @ rows
             counts[index] += len(rows)
+            return forward(x)
 
-        handles = [layer.register_forward_pre_hook(functools.partial(see, i)) for i, layer in enumerate(layers)]
-        try:
-            with self.forking():
-                for batch in batches:
-                    evaluate(batch.to(self.device))
-                    tokens.append(batch.targets.flatten())
-        finally:
-            for handle in handles:
-                handle.remove()
+        with contextlib.ExitStack() as stack:
+            for i, layer in enumerate(layers):
+                stack.enter_context(running(layer, functools.partial(see, i)))
+            stack.enter_context(self.forking())  # outside of them: it has the rows
+            for batch in batches:
+                evaluate(batch.to(self.device))
+                tokens.append(batch.targets.flatten())
         model: Any = self.model
         rows = (
             self.fork.head_rows(model.get_output_embeddings(), torch.cat(tokens).unique(), layers[-1].out_features)

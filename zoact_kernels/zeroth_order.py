@@ -18,7 +18,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,7 @@ class ZeroOrder:
     basis = "none"  # what A is made of: "activations" (of the first batches, once), "inputs" (of each step), "random"
     one_graph = True  # whether every step does the same on the device, so that a CUDA graph can hold it
     dense = False  # whether it trains the weights themselves
+    recipe: ClassVar[dict[str, Any]] = {}  # what of a `trainer.Recipe` its runs have otherwise than others
     known_sides: tuple[str, ...] = estimators.SIDES
 
     def __init__(
@@ -242,6 +243,11 @@ class ZeroOrder:
         """Give a freshly loaded model the shape that it had in the run whose snapshot `state` is."""
 
     @property
+    def copies(self) -> int:
+        """Of a batch, that a stacked forward is given: one for every row group, or for + and - of all queries."""
+        return 2 if self.spread else self.groups
+
+    @property
     def device(self) -> torch.device:
         """Where the model's layers, and so this optimizer's tensors, are."""
         return self.rule.param_ids.device
@@ -259,7 +265,7 @@ class ZeroOrder:
             raise ValueError(f"batch has no tensor with a batch dimension; its keys are {', '.join(batch)}")
         examples = tensors.get("input_ids", next(iter(tensors.values()))).shape[0]
         return {
-            key: value.repeat(2 if self.spread else self.groups, *(1 for _ in value.shape[1:]))
+            key: value.repeat(self.copies, *(1 for _ in value.shape[1:]))
             if key in tensors and value.shape[0] == examples
             else value
             for key, value in batch.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +33,17 @@ class ZOActTail(ZeroOrder):
     name, paper = "zo-act-tail", "of this package"
     summary = "few numbers behind the last attention, many queries over activations that are computed once"
     basis = "answers"
+    recipe: ClassVar[dict[str, Any]] = {
+        "steps": 3000, "batch_size": 1024, "length_window": 0, "schedule": "cosine", "floor_every": 0,
+        "snapshot_every": 500,
+    }  # fmt: skip
 
     def __init__(
         self,
         model: nn.Module,
         *,
         layers: int = 1,
-        rank: int = 256,
+        rank: int = 128,
         outputs: int = 8,
         tail_cache: int = 1 << 30,
         queries: int = 64,
@@ -60,6 +64,7 @@ class ZOActTail(ZeroOrder):
             layer.rank, layer.basis, layer.coeff, layer.out_basis = 0, None, None, None
         lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
         last = [layer for blocks in lists for layer in zo_layers(blocks[-1]).values()]
+        last = last or list(zo_layers(model).values())  # a replay has the trained layers alone
         if len(last) < self.count:
             raise ValueError(f"layers is {self.count}; the last block of the model has {len(last)} swapped linears")
         for layer in last[-self.count :]:

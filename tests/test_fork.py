@@ -424,6 +424,20 @@ def test_a_cache_goes_by_tokens_with_pads_on_the_right() -> None:
     assert torch.equal(losses_of(model, left, 2, Fork(model)), losses_of(model, left, 2, None))  # no cache, no question
 
 
+def test_tokens_one_by_one() -> None:
+    """What came before a token is in the model's own cache, so equal tokens are not equal inputs."""
+    model = late()
+    for cache in (0, 1 << 20):
+        told = []
+        for opened in (contextlib.nullcontext(), Fork(model, cache_bytes=cache).open()):
+            with torch.no_grad(), opened:
+                past, logits = transformers.DynamicCache(config=model.config), []
+                for _ in range(3):
+                    logits.append(model(input_ids=torch.tensor([[7]]), past_key_values=past).logits)
+            told.append(torch.cat(logits))
+        assert torch.equal(*told) and not torch.equal(told[0][1], told[0][2])
+
+
 def test_nothing_of_a_fork_stays() -> None:
     model, given = late(), batch()
     names = set(vars(model.model.layers[0]))

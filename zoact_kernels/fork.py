@@ -37,8 +37,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class Fork:
     """Where the row groups of a model part: before block `first`, which may be set anew between forwards.
 
-    cache_bytes: of hidden states kept by sequence; 0 keeps those of the last batch alone. hits, misses: sequences found
-    in that cache and not. remember: False keeps nothing, for a prefix that is being trained.
+    cache_bytes: of hidden states kept by sequence; 0 keeps those of the last batch alone. remember: False keeps
+    nothing, for a prefix that is being trained. No gradient goes back through a fork.
 
     Raises ValueError for a model in which no list of equal blocks is found or whose blocks are compiled, and (unless
     `first` is given) where the first block, or something before it, is perturbed: nothing could be shared.
@@ -128,7 +128,7 @@ class Fork:
             raise ValueError(
                 f"{type(self.body).__name__} does not call block {self.first} of {self.name}; use fork=False"
             )
-        if self.remember and held is None and not self._extra:
+        if self.remember and held is None and not self._extra and kwargs.get("past_key_values") is None:
             self._last = [t.clone() for t in _tensors((args, kwargs))], call.hidden
         rows = next(_tensors(((output,), {})), None)
         if rows is None or rows.shape[0] != groups * call.sequences:
@@ -170,7 +170,7 @@ class Fork:
 
     def _recall(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Hidden states [B, T, H] at the fork for this call of the body, None where it has to compute them."""
-        if not self.remember or not self.first:
+        if not self.remember or not self.first or kwargs.get("past_key_values") is not None:
             return None
         given = list(_tensors((args, kwargs)))
         if self.cache is None and given[0].device.type != "cpu" and self.handle.active and self.handle.groups > 1:
@@ -184,7 +184,7 @@ class Fork:
         if self.cache is None:
             return None
         ids, lengths = right_padded(args, kwargs)
-        tokens = ids.cpu().numpy()
+        tokens = ids.cpu().long().numpy()
         rows = [self._sequence(forward, tokens[s, :n].tobytes(), ids[s : s + 1, :n]) for s, n in enumerate(lengths)]
         held = rows[0].new_zeros(*ids.shape, rows[0].shape[-1])
         for own, row in zip(held, rows, strict=True):
@@ -229,7 +229,10 @@ def fork_of(model: nn.Module, wanted: bool | None, cache_bytes: int) -> Fork | N
 
 
 class Cache:
-    """Hidden states by the tokens of a sequence, `limit` bytes of them at most; the least recently used leave first."""
+    """Hidden states by the tokens of a sequence, `limit` bytes of them at most; the least recently used leave first.
+
+    bytes: held now, keys included. hits, misses: sequences that were there when asked for, and not.
+    """
 
     def __init__(self, limit: int) -> None:
         if limit < 0:

@@ -145,7 +145,7 @@ class Tail:
         ids, lengths = right_padded(one, named)
         if not self._checked:
             self._check(forward, ids[:1, : lengths[0]])
-        tokens, places = ids.cpu().numpy(), zip(labels.sequences.tolist(), labels.positions.tolist(), strict=True)
+        tokens, places = ids.cpu().long().numpy(), zip(labels.sequences.tolist(), labels.positions.tolist(), strict=True)
         kept = torch.stack(
             [
                 self._row(

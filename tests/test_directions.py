@@ -185,7 +185,7 @@ def test_lazy_factor():
 @pytest.mark.parametrize(
     ("direction", "given", "message"),
     [
-        ("left-basis", {}, "known are dense, masked, right-basis, uv, uzv, scale"),
+        ("left-basis", {}, "known are dense, masked, uv, right-basis, uzv, scale"),
         ("right-basis", {}, r"basis is None; .* needs \(7, rank\)"),
         ("right-basis", {"basis": torch.zeros(5, 2)}, r"basis is \(5, 2\)"),
         ("uzv", {"basis": torch.zeros(7, 2)}, r"left is None; .* needs \(5, rank\)"),

@@ -7,11 +7,14 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from close import assert_no_worse
+from test_cli import options, steps_of, zoact
+from tiny_model import make_model_dir, write_examples
 from torch import Tensor, nn
 
 from zoact_kernels import fork as room
@@ -202,9 +205,9 @@ def test_blocks_before_the_fork_see_one_copy_and_no_perturbation() -> None:
 @pytest.mark.parametrize("arguments", ({}, {"mode": "sequential"}, {"queries": 3, "sides": "one-sided"}), ids=str)
 def test_steps_are_those_of_the_whole_forward(arguments: dict[str, Any]) -> None:
     seen = []
-    for options in ({"fork": False}, {"fork": True}, {}, {"prefix_cache": 1}, {"prefix_cache": 1 << 20}):
-        optimizer = create("zo-act", late(), sigma=0.1, floor_every=2, **arguments, **options)
-        assert (optimizer.fork is None) == (options == {"fork": False})
+    for given in ({"fork": False}, {"fork": True}, {}, {"prefix_cache": 1}, {"prefix_cache": 1 << 20}):
+        optimizer = create("zo-act", late(), sigma=0.1, floor_every=2, **arguments, **given)
+        assert (optimizer.fork is None) == (given == {"fork": False})
         results = [step(optimizer, batch("llama", 7, 3, 5, 2, seed=i % 2), micro) for i, micro in enumerate((0, 3, 2))]
         assert all(c.any() for c in optimizer.rule.coeffs.values())
         seen.append(([(r.losses, r.weights, r.floor) for r in results], list(optimizer.rule.coeffs.values())))
@@ -421,6 +424,20 @@ def test_a_cache_goes_by_tokens_with_pads_on_the_right() -> None:
     assert torch.equal(losses_of(model, left, 2, Fork(model)), losses_of(model, left, 2, None))  # no cache, no question
 
 
+def test_tokens_one_by_one() -> None:
+    """What came before a token is in the model's own cache, so equal tokens are not equal inputs."""
+    model = late()
+    for cache in (0, 1 << 20):
+        told = []
+        for opened in (contextlib.nullcontext(), Fork(model, cache_bytes=cache).open()):
+            with torch.no_grad(), opened:
+                past, logits = transformers.DynamicCache(config=model.config), []
+                for _ in range(3):
+                    logits.append(model(input_ids=torch.tensor([[7]]), past_key_values=past).logits)
+            told.append(torch.cat(logits))
+        assert torch.equal(*told) and not torch.equal(told[0][1], told[0][2])
+
+
 def test_nothing_of_a_fork_stays() -> None:
     model, given = late(), batch()
     names = set(vars(model.model.layers[0]))
@@ -435,3 +452,22 @@ def test_nothing_of_a_fork_stays() -> None:
     mine = model.model.layers[2].forward
     assert torch.equal(losses_of(model, given, 2, fork), losses_of(model, given, 2, None))
     assert model.model.layers[2].forward is mine
+
+
+def test_a_run_with_a_cache_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """A resumed run begins with an empty cache, the other one does not; sequences come again in other batches."""
+    make_model_dir(tmp_path / "model", layers=3)
+    files = {
+        "model": str(tmp_path / "model"), "train": str(write_examples(tmp_path / "train.csv", 12)),
+        "eval": str(write_examples(tmp_path / "eval.csv", 6, 12)),
+    }  # fmt: skip
+    more = {"target": "*layers.2.*", "prefix-cache": 1 << 20, "micro-batch": 3, "eval-every": 3, "mode": "sequential"}
+    for out, first in (("whole", 8), ("parted", 5)):
+        assert zoact(*options(files, tmp_path / out, **{**more, "steps": first})) == 0
+    assert zoact("finetune", "--resume", "--out", str(tmp_path / "parted"), "--steps", "8") == 0
+    assert steps_of(tmp_path / "whole") == steps_of(tmp_path / "parted")
+    assert zoact("replay", str(tmp_path / "whole")) == 0
+    without = {**more, "prefix-cache": None, "steps": 2}
+    for out, option in (("forked", []), ("unforked", ["--no-fork"])):
+        assert zoact(*options(files, tmp_path / out, **without), *option) == 0
+    assert steps_of(tmp_path / "forked") == steps_of(tmp_path / "unforked")

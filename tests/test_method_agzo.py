@@ -6,7 +6,6 @@ import contextlib
 import copy
 import math
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -302,16 +301,21 @@ def test_sequential_is_the_same_step(preset, format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("where", ["loss", "activations"])
+@pytest.mark.parametrize("where", ["loss", "clean loss", "activations"])
 def test_lost_losses_skip(where, format):
-    """NaN in a loss, or already in what A is made of: no bit of what is trained changes."""
+    """NaN in a loss, in that of the group which is there for A alone, or in what A is made of: no bit changes."""
     net = swapped(format)
     optimizer = make("two-sided", net, lr=5e-3)
     run(optimizer, 1)
     before = trained(optimizer, net)
     poison = lambda module, x, y: torch.full_like(y, math.nan)  # noqa: E731
     hook = net.up.register_forward_hook(poison) if where == "activations" else None
-    evaluate: Callable[[int], Tensor] = lambda groups: torch.full((groups, B), math.nan)  # noqa: E731
+
+    def evaluate(groups: int) -> Tensor:
+        found = evaluation(net, ids())(groups).detach()
+        found[0 if where == "clean loss" else -1, 1] = math.nan
+        return found
+
     result = optimizer.step_on([evaluation(net, ids()) if hook else evaluate])
     assert result.skipped and "not finite" in result.reason
     assert all(torch.equal(w, before[name]) for name, w in trained(optimizer, net).items())
@@ -337,6 +341,24 @@ def test_lost_losses_skip(where, format):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         methods.create("agzo", swapped(), **arguments)
+
+
+def test_a_delta_learned_before_is_kept():
+    """Coefficients of an earlier method go into W, or into the delta of a frozen one, whose columns a resume brings."""
+    for format in FORMATS:
+        net, fresh = swapped(format), swapped(format)
+        a, c = torch.randn(23, 3), torch.randn(31, 3)
+        net.up.set_basis(a, c)
+        clean = net.up.dequantize()
+        for _ in range(2):  # twice, as a run does
+            optimizer = methods.create("agzo", net, delta_rank=2, window=4)
+        learned = net.up.dequantize() + net.up.delta()
+        assert_no_worse(learned, clean + c @ a.T, clean.double() + c.double() @ a.double().T)
+        assert format == "dense" or net.up.base_basis.shape == (23, 4 + 3)
+        resumed = methods.create("agzo", fresh, delta_rank=2, window=4)
+        resumed.load_state_dict(optimizer.state_dict())
+        assert torch.equal(fresh.up.dequantize() + fresh.up.delta(), learned)
+        assert torch.equal(run(resumed, 1)[0].losses, run(optimizer, 1)[0].losses)
 
 
 # --- runs and what they leave -----------------------------------------------------------------------------------------

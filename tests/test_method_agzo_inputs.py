@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -99,6 +100,21 @@ def test_layers_of_one_input_share_one_basis():
     assert torch.equal(found["q"], found["k"]) and torch.equal(found["q"], found["v"])
     assert torch.equal(found["gate"], found["up"]) and not torch.equal(found["q"], found["gate"])
     assert all(abs(float(a.norm()) - 1) < 1e-6 for a in found.values())
+
+
+def test_inputs_are_not_kept():
+    """Those of one layer are gone before the next one's are taken."""
+    optimizer = make("one-sided", net := block())
+    real, taken = optimizer._basis_of, []
+
+    def make_basis(leader: str, rows: Tensor, number: Tensor | None) -> Tensor:
+        assert all(ref() is None for ref in taken)
+        taken.append(weakref.ref(rows))
+        return real(leader, rows, number)
+
+    optimizer._basis_of = make_basis  # type: ignore[method-assign]
+    optimizer.step_on([of_block(net, *batch())])
+    assert len(taken) == 3 and taken[-1]() is None
 
 
 @pytest.mark.parametrize("mode", methods.MODES)

@@ -42,7 +42,7 @@ def test_a_run(method: str, files: dict[str, str], tmp_path: Path, capsys: pytes
     assert steps_of(whole) == steps_of(parted)
     with RunLog.open(whole) as log:
         assert log.meta["recipe"]["method"] == method and len(list(log.steps())) == 4
-        assert not any(row.skipped for row in log.steps())
+        assert method == "zo-conservative" or not any(row.skipped for row in log.steps())
         own, recipe = methods.arguments(method), log.meta["recipe"]
         assert all(recipe[name] == own[name] for name in ("lr", "sigma", "queries", "sides", "optimizer", "scaling"))
         first, last = (log.load(row) for row in (log.snapshots()[0], log.snapshots()[-1]))

@@ -164,6 +164,7 @@ def test_steps_of_a_graph_are_steps(stand_in: None, arguments: dict[str, Any]) -
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("mezo", {"lr": 1e-3}), ("sparse-mezo", {"lr": 1e-3}), ("fzoo", {}), ("zo-momentum", {"lr": 1e-4}),
     ("lozo", {"lr": 1e-3, "period": 2}), ("subzero", {"lr": 1e-3, "period": 2, "rank": 4}),
+    ("agzo", {"lr": 1e-4, "sides": "two-sided"}),
 ]  # fmt: skip
 
 

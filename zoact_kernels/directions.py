@@ -50,42 +50,42 @@ class Direction:
     mean: Callable[..., Tensor]
 
 
-def _factor(N: int, K: int, R: int) -> float:
-    """c of uzv, which makes E |Delta|^2 = N K."""
-    return math.sqrt(N * K) / R
+def _rank(factor: Tensor) -> int:
+    return factor.shape[1]
 
 
-def _spread(columns: Tensor, codes: Tensor, group_size: int) -> Tensor:
-    """[N, groups] -> [N, K]; the last group may be short."""
-    return columns.repeat_interleave(group_size, dim=1)[:, : codes.shape[1]]
+def _c(left: Tensor, basis: Tensor) -> float:
+    return math.sqrt(len(left) * len(basis)) / _rank(basis)
 
 
-def _group_sums(product: Tensor, group_size: int) -> Tensor:
+def _spread(columns: Tensor, K: int, size: int) -> Tensor:
+    """[N, groups] -> [N, K], each column `size` times; the last group may be short."""
+    return columns.repeat_interleave(size, dim=1)[:, :K]
+
+
+def _sums(product: Tensor, size: int) -> Tensor:
     """[N, K] -> [N, groups]."""
-    return torch.stack([part.sum(dim=1) for part in product.split(group_size, dim=1)], dim=1)
+    return torch.stack([part.sum(dim=1) for part in product.split(size, dim=1)], dim=1)
 
 
 DIRECTIONS: dict[str, Direction] = {
     direction.name: direction
     for direction in (
-        Direction("dense", (), lambda N, K: (N, K), lambda z: z, lambda grad: grad),
-        Direction("masked", ("mask",), lambda N, K, m: (N, K), lambda z, m: m * z, lambda grad, m: m * grad),
+        Direction("dense", (), lambda N, K: (N, K), lambda z: z, lambda g: g),
+        Direction("masked", ("mask",), lambda N, K, m: (N, K), lambda z, m: m * z, lambda g, m: m * g),
+        Direction("uv", ("basis",), lambda N, K, v: (N, _rank(v)), lambda z, v: z @ v.T, lambda g, v: g @ v @ v.T),
         Direction(
-            "right-basis", ("basis",), lambda N, K, a: (N, a.shape[1]), lambda z, a: z @ a.T,
-            lambda grad, a: grad @ a @ a.T,
+            "right-basis", ("basis",), lambda N, K, a: (N, _rank(a)), lambda z, a: z @ a.T, lambda g, a: g @ a @ a.T
         ),
         Direction(
-            "uv", ("basis",), lambda N, K, v: (N, v.shape[1]), lambda z, v: z @ v.T, lambda grad, v: grad @ v @ v.T,
-        ),
-        Direction(
-            "uzv", ("basis", "left"), lambda N, K, v, u: (u.shape[1], v.shape[1]),
-            lambda z, v, u: _factor(len(u), *v.shape) * u @ z @ v.T,
-            lambda grad, v, u: _factor(len(u), *v.shape) ** 2 * u @ u.T @ grad @ v @ v.T,
+            "uzv", ("basis", "left"), lambda N, K, v, u: (_rank(u), _rank(v)),
+            lambda z, v, u: _c(u, v) * u @ z @ v.T,
+            lambda g, v, u: _c(u, v) ** 2 * u @ u.T @ g @ v @ v.T,
         ),
         Direction(
             "scale", ("codes", "group_size"), lambda N, K, q, size: (N, -(-K // size)),
-            lambda z, q, size: q * _spread(z, q, size),
-            lambda grad, q, size: q * _spread(_group_sums(q * grad, size), q, size),
+            lambda z, q, size: q * _spread(z, K=q.shape[1], size=size),
+            lambda g, q, size: q * _spread(_sums(q * g, size), K=q.shape[1], size=size),
         ),
     )
 }  # fmt: skip

@@ -143,3 +143,19 @@ def better_sigma(signal: float, floor: float, sigma: float) -> float | None:
     wanted = min(wanted, 1000 * sigma)
     power = 10.0 ** math.floor(math.log10(wanted))
     return next(float(f"{m * power:.0e}") for m in (1, 2, 5, 10) if m * power >= wanted * (1 - 1e-9))
+
+
+def per_example(losses: Tensor, groups: int) -> Tensor:
+    """Losses of a closure, float32 or float64 [groups B] or [groups, B], as float64 [groups, B]. Raises ValueError."""
+    if losses.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"losses are {losses.dtype}; needed are float32 or float64: one ulp of a 16-bit loss is larger than what a "
+            "step measures. Cast the logits with .float() before the loss"
+        )
+    expected = losses.dim() < 2 or (losses.dim() == 2 and losses.shape[0] == groups)
+    if not expected or losses.numel() == 0 or losses.numel() % groups:
+        raise ValueError(
+            f"losses have shape {tuple(losses.shape)}; {groups} row groups give ({groups} * B,) or ({groups}, B), one "
+            "loss per example, group after group"
+        )
+    return losses.detach().double().reshape(groups, -1)

@@ -336,16 +336,18 @@ class Costs:
 def compare_costs(optimizer: ZeroOrder, batch: Batch, repeats: int = 9) -> Costs:
     """Measure both on `batch`; the optimizer's state is put back afterwards.
 
-    The plain forward is the same model without its side path (what rank 0 runs), the same G copies of the batch through
-    the same label-only head.
+    The plain forward is the same model without its side path (what rank 0 runs), the same copies of the batch through
+    the same label-only head. Where queries have examples of their own, it is one for each.
     """
-    model, groups = optimizer.model, optimizer.groups
+    model, copies = optimizer.model, optimizer.copies
+    if optimizer.spread:
+        batch = batch.split(optimizer.queries)[0]
     state, every = optimizer.state_dict(), optimizer.floor_every
     optimizer.floor_every = 0  # it would run the step twice
 
     def forward() -> None:
         with without_side_path(model):
-            group_losses(model, batch, groups).cpu()  # waits for a GPU, as a step does
+            group_losses(model, batch, copies).cpu()  # waits for a GPU, as a step does
 
     def step() -> None:
         optimizer.step_on([lambda count: group_losses(model, batch, count)])
@@ -355,9 +357,11 @@ def compare_costs(optimizer: ZeroOrder, batch: Batch, repeats: int = 9) -> Costs
         times: tuple[list[float], list[float]] = ([], [])
         for run in (forward, step):
             run()  # warm
+            start = time.perf_counter()
             with memory.peak_memory(str(optimizer.device)) as peak:
                 run()
             peaks.append(peak.bytes)
+            repeats = min(repeats, 1 + int(10 / (time.perf_counter() - start)))
         for _ in range(repeats):
             for run, seconds in zip((forward, step), times, strict=True):
                 start = time.perf_counter()
@@ -368,7 +372,7 @@ def compare_costs(optimizer: ZeroOrder, batch: Batch, repeats: int = 9) -> Costs
         optimizer.load_state_dict(state)
     held = sum(t.numel() * t.element_size() for t in state.values())
     step_bytes = None if peaks[1] is None else peaks[1] + held
-    rows = groups * batch.input_ids.numel()
+    rows = copies * batch.input_ids.numel()
     return Costs(statistics.median(times[1]), statistics.median(times[0]), step_bytes, peaks[0], rows)
 
 
@@ -403,4 +407,4 @@ def demo_job() -> Job:
 
 def demo_recipe() -> Recipe:
     """The committed recipe of `make demo`."""
-    return Recipe(steps=400, lr=1.5e-3, schedule="cosine")
+    return Recipe(method="zo-act-tail")

@@ -37,8 +37,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class Fork:
     """Where the row groups of a model part: before block `first`, which may be set anew between forwards.
 
-    cache_bytes: of hidden states kept by sequence; 0 keeps those of the last batch alone. hits, misses: sequences found
-    in that cache and not. remember: False keeps nothing, for a prefix that is being trained.
+    cache_bytes: of hidden states kept by sequence; 0 keeps those of the last batch alone. remember: False keeps
+    nothing, for a prefix that is being trained. No gradient goes back through a fork.
 
     Raises ValueError for a model in which no list of equal blocks is found or whose blocks are compiled, and (unless
     `first` is given) where the first block, or something before it, is perturbed: nothing could be shared.
@@ -128,7 +128,7 @@ class Fork:
             raise ValueError(
                 f"{type(self.body).__name__} does not call block {self.first} of {self.name}; use fork=False"
             )
-        if self.remember and held is None and not self._extra:
+        if self.remember and held is None and not self._extra and kwargs.get("past_key_values") is None:
             self._last = [t.clone() for t in _tensors((args, kwargs))], call.hidden
         rows = next(_tensors(((output,), {})), None)
         if rows is None or rows.shape[0] != groups * call.sequences:
@@ -170,29 +170,31 @@ class Fork:
 
     def _recall(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Hidden states [B, T, H] at the fork for this call of the body, None where it has to compute them."""
-        if not self.remember or not self.first:
+        if not self.remember or not self.first or kwargs.get("past_key_values") is not None:
             return None
+        given = list(_tensors((args, kwargs)))
+        if self.cache is None and given[0].device.type != "cpu" and self.handle.active and self.handle.groups > 1:
+            return None  # a stacked step sees its batch once; to compare it, the host would wait for the device
         state = _state(self._prefix)
         if state != self._prefix_state:
             self.forget()
             self._prefix_state = state
-        given = list(_tensors((args, kwargs)))
         if self._last is not None and _equal(given, self._last[0]):
             return self._last[1]
         if self.cache is None:
             return None
         ids, lengths = right_padded(args, kwargs)
-        rows = [self._sequence(forward, ids[s : s + 1, :n]) for s, n in enumerate(lengths)]
+        tokens = ids.cpu().long().numpy()
+        rows = [self._sequence(forward, tokens[s, :n].tobytes(), ids[s : s + 1, :n]) for s, n in enumerate(lengths)]
         held = rows[0].new_zeros(*ids.shape, rows[0].shape[-1])
         for own, row in zip(held, rows, strict=True):
             own[: len(row)] = row
         self._last = [t.clone() for t in given], held
         return held
 
-    def _sequence(self, forward: Callable[..., Any], ids: Tensor) -> Tensor:
+    def _sequence(self, forward: Callable[..., Any], key: bytes, ids: Tensor) -> Tensor:
         """Rows [t, H] of one sequence, int64 [1, t], from the cache or computed for it."""
         assert self.cache is not None
-        key = ids.cpu().numpy().tobytes()
         found = self.cache.get(key)
         if found is not None:
             return found
@@ -211,8 +213,26 @@ class Fork:
         return row
 
 
+def fork_of(model: nn.Module, wanted: bool | None, cache_bytes: int) -> Fork | None:
+    """The fork of a model; None where it is not wanted, or where it can't be and is left open (wanted=None, no cache).
+
+    Raises ValueError as `Fork` does.
+    """
+    if wanted is False:
+        return None
+    try:
+        return Fork(model, cache_bytes=cache_bytes)
+    except ValueError:
+        if wanted or cache_bytes:
+            raise
+        return None
+
+
 class Cache:
-    """Hidden states by the tokens of a sequence, `limit` bytes of them at most; the least recently used leave first."""
+    """Hidden states by the tokens of a sequence, `limit` bytes of them at most; the least recently used leave first.
+
+    bytes: held now, keys included. hits, misses: sequences that were there when asked for, and not.
+    """
 
     def __init__(self, limit: int) -> None:
         if limit < 0:
@@ -289,7 +309,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def moves(module: nn.Module) -> bool:
     """Whether a perturbation of the model, when it is active, changes what this module computes."""
     handle = getattr(module, "perturbation", None)
-    if not isinstance(handle, Perturbation):
+    if not isinstance(handle, Perturbation) or handle.idle:
         return False
     if isinstance(module, ZOLinear):
         return module.coeff is not None or module.probe is not None or module.bias_id is not None
@@ -430,7 +450,9 @@ def _repeat(x: Tensor, groups: int) -> Tensor:
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor):
+        raise ValueError("blocks take no hidden states as first argument or `hidden_states`; use fork=False")
     return hidden
 
 

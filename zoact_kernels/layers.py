@@ -30,6 +30,7 @@ class Perturbation:
     """
 
     active: bool
+    idle = False  # True: a stand-in that is never active, for modules whose turn it isn't
     seeds: Tensor  # int64 [S]
     sigmas: Tensor  # fp32 [G, S]
     groups: int
@@ -211,6 +212,7 @@ class ZOLinear(nn.Module):
         self.out_basis: Tensor | None = (
             None  # U [N, Q] fp32 of what is learned between it and `basis`, if a method has one
         )
+        self.known: tuple[Tensor, Tensor] | None = None  # rows x [n, K] and x W^T [n, N] of a forward
         self.bias_id: Tensor | None = None  # int64 [1], of the bias' noise, if a method moves that too
         self.mask, self.bias_mask = Mask(), Mask()  # of what a dense method moves
         self.sigma_scale: Tensor | None = None  # fp32 [1], on the device: the weight's own factor on sigmas
@@ -304,28 +306,11 @@ class ZOLinear(nn.Module):
                 raise RuntimeError(f"layer {self.name!r} has no basis yet; call compute_basis or set_basis first")
         side = self.coeff is not None and self.basis is not None
         return torch.ops.zoact.zo_linear(
-            x,
-            self.weight,
-            self.scale,
-            self.offset,
-            self.nested,
-            bias,
-            self.base_basis,
-            self.base_coeff,
-            self.basis if side else None,
-            self.coeff if side else None,
-            None,
-            None,
-            seeds,
-            sigmas,
-            self.param_id if seeds is not None else None,
-            self.format,
-            self.layout,
-            self.group_size,
-            self.out_features,
-            p.noise,
-            groups,
-        )
+            x, self.weight, self.scale, self.offset, self.nested, bias, self.base_basis, self.base_coeff,
+            self.basis if side else None, self.coeff if side else None, None, None, seeds, sigmas,
+            self.param_id if seeds is not None else None, self.format, self.layout, self.group_size, self.out_features,
+            p.noise, groups,
+        )  # fmt: skip
 
     def packed(self) -> PackedWeight:
         """The stored weight, sharing this layer's tensors."""
@@ -451,6 +436,14 @@ class ZOLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
 
 
+def base_product(layer: ZOLinear, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x D(W)^T + bias and what an earlier delta adds, without the layer's C."""
+    return torch.ops.zoact.zo_linear(
+        x, layer.weight, layer.scale, layer.offset, layer.nested, bias, layer.base_basis, layer.base_coeff, None, None,
+        None, None, None, None, None, layer.format, layer.layout, layer.group_size, layer.out_features,
+    )  # fmt: skip
+
+
 def zo_layers(model: nn.Module) -> dict[str, ZOLinear]:
     """The ZOLinear layers of `model` by qualified name, in module order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, ZOLinear)}
@@ -462,7 +455,8 @@ def perturbation_of(model: nn.Module) -> Perturbation:
     Raises:
         ValueError: the model has no ZOLinear, or its layers come from different models.
     """
-    found = {id(module.perturbation): module.perturbation for module in _perturbable(model)}
+    handles = (module.perturbation for module in _perturbable(model))
+    found = {id(handle): handle for handle in handles if not handle.idle}
     if len(found) != 1:
         what = "no ZOLinear layer: swap it first" if not found else "layers of several swapped models"
         raise ValueError(f"`model` has {what}")
@@ -471,14 +465,15 @@ def perturbation_of(model: nn.Module) -> Perturbation:
 
 def release(model: nn.Module) -> Perturbation:
     """No method perturbs anything but C of `model` any more; the handle of its layers, a new one where it has none."""
+    handle = perturbation_of(model) if _perturbable(model) else Perturbation()
     for module in model.modules():
         if isinstance(module, ZOLinear):
+            module.perturbation = handle
             module.probe = module.bias_id = module.sigma_scale = module.bias_sigma_scale = None
             module.mask = module.bias_mask = Mask()
         elif isinstance(module, Released):
             module.release()
-    found = _perturbable(model)
-    return perturbation_of(model) if found else Perturbation()
+    return handle
 
 
 class Released:

@@ -1,6 +1,6 @@
 """Learning to learn: the nets of ZO Fine-tuner, trained along first-order trajectories of the model.
 
-From the pretrained theta, for each minibatch, with all that arXiv 2510.00419 calls a step:
+From the pretrained theta, for each minibatch (arXiv 2510.00419):
 
     s = nets(...);  L+, L-  ->  d                        as in a step of the method
     theta' = theta - reach d c s_b z_b                   a function of s alone: c, d and the history are numbers
@@ -42,6 +42,8 @@ class Course:
     epochs over the training examples, `batch_size` at a time, the model beginning anew every `restart_every`.
     lr, momentum, clip (norm of the whole gradient): of the model. lr_nets: of the nets, plain SGD. reach: the size of
     the step that the nets are judged by. limit: steps of an epoch (0: all examples). Others as in `Recipe`.
+    What moves the nets is lr_nets reach |grad L|^2: at the released 1e-7 those of a model of 135M did not move by 1e-3
+    in a few lessons, and an encoder of 22M needed 4e-3.
     """
 
     epochs: int = 15
@@ -80,7 +82,7 @@ class Lesson:
     loss: float
     ahead: float
     scales: tuple[float, float]
-    skipped: bool  # a loss or gradient was not finite, so nothing was changed
+    skipped: bool  # a loss or gradient was not finite, so nets or model stayed as they were
 
 
 def lessons(

@@ -17,7 +17,7 @@ updates: a skipped step changes nothing, t included.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -161,6 +161,20 @@ class SGD:
         """Count the step that `launch` made, unless it was skipped: waits for the device."""
         self.t += not bool(self.skip)
 
+    def save(self) -> list[Tensor]:
+        """Copies of all that `launch` writes, in the order of `written`."""
+        return [tensor.detach().clone() for tensor in self.written()]
+
+    @torch.no_grad()
+    def restore(self, saved: Sequence[Tensor], where: Tensor | None = None) -> None:
+        """What `save` gave, back in its place; where: bool [1] on the device, False to leave everything as it is."""
+        for tensor, before in zip(self.written(), saved, strict=True):
+            tensor.copy_(before if where is None else torch.where(where, before, tensor))
+
+    def written(self) -> list[Tensor]:
+        """The values and their moments."""
+        return [*self.coeffs.values(), *self.exp_avgs.values(), *self.exp_avg_sqs.values()]
+
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of t and the moments, tensors only: "t" int64 [], "exp_avg/<name>", "exp_avg_sq/<name>"."""
         state = {"t": torch.tensor(self.t)}
@@ -218,6 +232,61 @@ class AdamW(Adam):
 
 
 RULES: dict[str, type[SGD]] = {"sgd": SGD, "sign": Sign, "momentum": Momentum, "ema": EMA, "adam": Adam, "adamw": AdamW}
+
+
+class Turns:
+    """A rule for each part of a model, with steps and moments of its own; a step moves those parts whose turn it is.
+
+    turn: indices of these parts. Where it is the turn of n parts, seeds and weights of a step are n times those of one,
+    part after part.
+    """
+
+    def __init__(self, rules: Sequence[SGD]) -> None:
+        self.rules, self.turn = list(rules), [0]
+        self.coeffs = {name: c for rule in rules for name, c in rule.coeffs.items()}
+        self.param_ids = torch.cat([rule.param_ids for rule in rules])
+        self.skip = rules[0].skip
+        for rule in rules:
+            rule.skip = self.skip
+
+    @property
+    def moving(self) -> list[SGD]:
+        return [self.rules[part] for part in self.turn]
+
+    def update(self, seeds: Tensor, weights: Tensor, *, lr: float, skipped: bool = False) -> None:
+        self.prepare(lr)
+        self.skip.fill_(skipped)
+        self.launch(seeds, weights)
+        self.finish()
+
+    def prepare(self, lr: float) -> None:
+        for rule in self.moving:
+            rule.prepare(lr)
+
+    def launch(self, seeds: Tensor, weights: Tensor) -> None:
+        own = len(seeds) // len(self.turn)
+        for rule, its_seeds, its_weights in zip(self.moving, seeds.split(own), weights.split(own), strict=True):
+            rule.launch(its_seeds, its_weights)
+
+    def finish(self) -> None:
+        for rule in self.moving:
+            rule.finish()
+
+    def written(self) -> list[Tensor]:
+        """The values and moments of the parts whose turn it is."""
+        return [tensor for rule in self.moving for tensor in rule.written()]
+
+    save, restore = SGD.save, SGD.restore
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of every part's t and moments, under "<part>/"."""
+        return {f"{i}/{key}": t for i, rule in enumerate(self.rules) for key, t in rule.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """As of one rule."""
+        check_entries(state, self.state_dict(), "state of the rules")
+        for i, rule in enumerate(self.rules):
+            rule.load_state_dict({key[len(f"{i}/") :]: t for key, t in state.items() if key.startswith(f"{i}/")})
 
 
 def learning_rate(

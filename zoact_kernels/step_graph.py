@@ -41,6 +41,10 @@ class StepGraph:
         device = optimizer.device
         if device.type != DEVICE:
             raise ValueError(f"`optimizer` trains a model on {device}; a CUDA graph needs one on a CUDA device")
+        if not optimizer.one_graph:
+            raise ValueError(
+                f"steps of {optimizer.name} differ in more than numbers, so one CUDA graph can't hold them"
+            )
         if optimizer.fork is not None and optimizer.fork.cache is not None:
             raise ValueError("`optimizer` has a prefix cache, which goes by tokens: the host would wait for them")
         self.optimizer, self.batch = optimizer, _copied(batch)

@@ -7,10 +7,11 @@ Behind the attention of a model's last block nothing mixes tokens any more, so a
 depends on those n rows alone. Where all trained linears lie there, a forward of G row groups costs G n rows of what is
 left instead of G B T rows of everything: for the last projection of SmolLM2-135M and 20 tokens, a thousandth.
 
-The block itself still runs, on its own code: the block is given the kept hidden states as sequences of one token, and
-every linear that runs before the first trained one returns what was kept of it. What such a block then computes between
-them (an attention of one token to itself) is thrown away with the input of the next linear. That this is all the same
-is not taken on trust: the first sequence of a Tail is compared with the whole model.
+The block itself still runs, on its own code: it is given the kept hidden states as sequences of one token, every linear
+before the first trained one returns what was kept of it, and the first trained one goes on from its kept input. What
+the block computes between them (an attention of one token to itself) is thrown away. That this is all the same is not
+taken on trust: the first sequence of a Tail is compared with the whole model. Outputs that do not matter even where
+they are NaN are not kept.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ from .fork import (
     running,
     with_hidden,
 )
-from .layers import ZOLinear, perturbation_of
+from .layers import ZOLinear, base_product, perturbation_of
 
+HIDDEN, INPUT, BASE = "hidden states", "input", "base product"  # of the last block; of its first trained linear
 CHECKED = 2.0**-12  # agreement asked for, relative: other lengths take other sums in torch's attention and norms
 
 
@@ -80,7 +82,10 @@ class Tail:
             )
         self.cache = Cache(cache_bytes)
         self.handle = perturbation_of(model)
-        self._parts: list[tuple[str, int]] = []  # what a kept row is made of: hidden state "", then linears by name
+        self._kept: dict[str, int] = {}  # the parts of a kept row and their widths
+        self._idle: set[str] = set()  # linears whose output is thrown away in the tail
+        self._widths: dict[str, int] = {}
+        self._tuples = False  # whether a block returns its hidden states in a tuple
         self._call: _Call | None = None
         self._labels: Labels | None = None
         self._words: dict[bytes, Tensor] = {}
@@ -140,10 +145,13 @@ class Tail:
         ids, lengths = right_padded(one, named)
         if not self._checked:
             self._check(forward, ids[:1, : lengths[0]])
+        tokens, places = ids.cpu().long().numpy(), zip(labels.sequences.tolist(), labels.positions.tolist(), strict=True)
         kept = torch.stack(
             [
-                self._row(forward, ids[s : s + 1, : lengths[s]], p)
-                for s, p in zip(labels.sequences.tolist(), labels.positions.tolist(), strict=True)
+                self._row(
+                    forward, tokens[s, : lengths[s]].tobytes() + p.to_bytes(8, "little"), ids[s, : lengths[s]][None], p
+                )
+                for s, p in places
             ]
         )
         output, states = self._rows(forward, ids, kept, copies)
@@ -162,9 +170,8 @@ class Tail:
 
     def _rows(self, forward: Callable[..., Any], ids: Tensor, kept: Tensor, copies: int) -> tuple[Any, Tensor]:
         """(output of the body, its hidden states [copies n, 1, H]) for kept rows [n, width]."""
-        parts = dict(zip((n for n, _ in self._parts), kept.split([w for _, w in self._parts], dim=1), strict=True))
-        repeated = {name: part.repeat(copies, 1)[:, None] for name, part in parts.items()}
-        self._call = _Call(given=repeated)
+        parts = dict(zip(self._kept, kept.split(list(self._kept.values()), dim=1), strict=True))
+        self._call = _Call(given=parts, copies=copies)
         tokens = ids[:1, :1].expand(copies * len(kept), 1)
         try:
             output = forward(input_ids=tokens, attention_mask=torch.ones_like(tokens), **_without_cache(self.body))
@@ -172,12 +179,22 @@ class Tail:
             self._call = None
         return output, output[0] if isinstance(output, tuple) else output.last_hidden_state
 
-    def _row(self, forward: Callable[..., Any], ids: Tensor, position: int) -> Tensor:
+    def _row(self, forward: Callable[..., Any], key: bytes, ids: Tensor, position: int) -> Tensor:
         """What is kept of one label row, [width], from the cache or computed for its sequence, int64 [1, t]."""
-        key = ids.cpu().numpy().tobytes() + position.to_bytes(8, "little")
         found = self.cache.get(key)
         if found is not None:
             return found
+        parts = self._record(forward, ids, position)
+        if {name: len(part) for name, part in parts.items()} != self._kept:
+            raise ValueError(
+                f"the linears of {self.name} ran otherwise for another sequence; a tail can't stand for it"
+            )
+        row = torch.cat(list(parts.values()))
+        self.cache.put(key, row)
+        return row
+
+    def _record(self, forward: Callable[..., Any], ids: Tensor, position: int) -> dict[str, Tensor]:
+        """Rows of one label position of one sequence: HIDDEN, outputs of linears that are `_kept`, INPUT and BASE."""
         call = self._call = _Call(position=position)
         active, self.handle.active = self.handle.active, False
         try:
@@ -186,71 +203,100 @@ class Tail:
             pass
         finally:
             self._call, self.handle.active = None, active
-        parts = [(name, len(part)) for name, part in call.kept.items()]
-        if self._parts and parts != self._parts:
-            raise ValueError(f"the linears of {self.name} ran in another order for another sequence; use tail=False")
-        self._parts = parts
-        row = torch.cat(list(call.kept.values()))
-        self.cache.put(key, row)
-        return row
+        if INPUT not in call.kept:
+            raise ValueError(f"no trained linear of {self.name}.{len(self.blocks) - 1} ran, so it has no tail")
+        return call.kept
 
     def _run_block(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = self._call
         if call is None:
             return forward(*args, **kwargs)
-        last = index == len(self.blocks) - 1
+        call.inside = index == len(self.blocks) - 1
         if call.given is None:
-            if last:
-                call.kept[""] = hidden_of(args, kwargs)[0, call.position].clone()
-                call.inside = True
+            if call.inside:
+                call.kept[HIDDEN] = hidden_of(args, kwargs)[0, call.position].clone()
             output = forward(*args, **kwargs)
             self._tuples = isinstance(output, tuple)
             return output
-        if not last:
+        if not call.inside:
             hidden = hidden_of(args, kwargs)
             return (hidden,) if self._tuples else hidden
-        args, kwargs = with_hidden(args, kwargs, call.given[""])
-        call.inside = True
+        args, kwargs = with_hidden(args, kwargs, call.part(HIDDEN))
         return forward(*args, **kwargs)
 
-    def _run_linear(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call = self._call
-        if call is None or not call.inside:
-            return forward(*args, **kwargs)
-        if call.given is not None:
-            return call.given[name] if name in call.given else forward(*args, **kwargs)
-        if moves(self.linears[name]):
+    def _run_linear(self, name: str, forward: Callable[..., Any], x: Tensor) -> Any:
+        call, linear = self._call, self.linears[name]
+        if call is None or not call.inside or call.reached:
+            return forward(x)
+        call.reached = moves(linear)
+        if call.given is None:
+            if not call.reached:
+                output = forward(x)
+                if name in self._kept or not self._checked:
+                    call.kept[name] = output.reshape(-1, output.shape[-1])[call.position].clone()
+                self._widths[name] = output.shape[-1]
+                return output
+            row = x.reshape(-1, x.shape[-1])[call.position : call.position + 1]
+            call.kept[INPUT] = row[0].clone()
+            if isinstance(linear, ZOLinear):
+                call.kept[BASE] = base_product(linear, row, linear.bias)[0]
             raise Stop
-        output = forward(*args, **kwargs)
-        call.kept[name] = output.reshape(-1, output.shape[-1])[call.position].clone()
-        return output
+        if not call.reached:
+            if name in call.given:
+                return call.part(name)
+            return x.new_zeros(1).expand(*x.shape[:-1], self._widths[name])
+        if BASE in call.given and self.handle.active and isinstance(linear, ZOLinear) and linear.probe is not None:
+            linear.known = (call.given[INPUT], call.given[BASE])
+            try:
+                return forward(x.new_zeros(1).expand(x.shape[0], 1, linear.in_features))
+            finally:
+                linear.known = None
+        return forward(call.part(INPUT))
 
     def _check(self, forward: Callable[..., Any], ids: Tensor) -> None:
-        """Raises ValueError unless the tail gives what the whole model gives, for one clean sequence [1, t]."""
+        """Find out, on one clean sequence [1, t], which outputs matter to the tail, and whether it is exact then.
+
+        Raises ValueError unless the tail gives what the whole model gives.
+        """
         active, self.handle.active = self.handle.active, False
         try:
             output = forward(input_ids=ids, attention_mask=torch.ones_like(ids), **_without_cache(self.body))
-            whole = (output[0] if isinstance(output, tuple) else output.last_hidden_state)[0]
-            kept = torch.stack([self._row(forward, ids, p) for p in (0, ids.shape[1] - 1)])
-            mine = self._rows(forward, ids, kept, 1)[1][:, 0]
+            wanted = (output[0] if isinstance(output, tuple) else output.last_hidden_state)[0][[0, -1]]
+            found = [self._record(forward, ids, p) for p in (0, ids.shape[1] - 1)]
+            self._kept = {name: len(part) for name, part in found[0].items()}
+            mine = self._rows(forward, ids, torch.stack([torch.cat(list(f.values())) for f in found]), 1)[1][:, 0]
+            for name in [n for n in self._kept if n in self.linears]:
+                poisoned = [f | {name: torch.full_like(f[name], torch.nan)} for f in found]
+                rows = torch.stack([torch.cat(list(f.values())) for f in poisoned])
+                if torch.equal(self._rows(forward, ids, rows, 1)[1][:, 0], mine):
+                    self._idle.add(name)
         finally:
             self.handle.active = active
-        wanted = whole[[0, -1]]
         error = float((mine - wanted).abs().max() / wanted.abs().max())
         if not error < CHECKED:
             raise ValueError(
-                f"the tail of {type(self.body).__name__} is not what the whole model gives (relative error {error:.1e}): "
-                "after its first trained linear something mixes tokens, or is no linear"
+                f"the tail of {type(self.body).__name__} is not what the whole model gives (relative error "
+                f"{error:.1e}): after its first trained linear something mixes tokens, or is no linear"
             )
+        self._kept = {name: width for name, width in self._kept.items() if name not in self._idle}
         self._checked = True
 
 
 class _Call:
-    """One call of the body: rows that it is given, or the label position whose rows it is to keep."""
+    """One call of the body: rows [n, ...] that it is given, `copies` times, or the label position whose rows it keeps.
 
-    def __init__(self, given: dict[str, Tensor] | None = None, position: int = 0) -> None:
-        self.given, self.position, self.inside = given, position, False
+    inside: the last block is running. reached: so is its first trained linear, or it has been.
+    """
+
+    def __init__(self, given: dict[str, Tensor] | None = None, copies: int = 1, position: int = 0) -> None:
+        self.given, self.copies, self.position = given, copies, position
+        self.inside = self.reached = False
         self.kept: dict[str, Tensor] = {}
+
+    def part(self, name: str) -> Tensor:
+        """A kept part as sequences of one token, [copies n, 1, width]."""
+        assert self.given is not None
+        return self.given[name].repeat(self.copies, 1)[:, None]
 
 
 def _without_cache(body: Any) -> dict[str, Any]:

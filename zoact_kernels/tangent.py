@@ -117,18 +117,18 @@ def _along_coeff(layer: ZOLinear, x: Tensor, sigmas: Tensor, bias: Tensor | None
     p, basis, coeff = layer.perturbation, layer.basis, layer.coeff
     if coeff is not None and basis is None:
         raise RuntimeError(f"layer {layer.name!r} has no basis yet; call compute_basis or set_basis first")
-    stored = (layer.format, layer.layout, layer.group_size, layer.out_features)
 
     def clean(rows: Tensor) -> Tensor:
         return torch.ops.zoact.zo_linear(
             rows, layer.weight, layer.scale, layer.offset, layer.nested, None, layer.base_basis, layer.base_coeff,
-            basis if coeff is not None else None, coeff, None, None, None, None, None, *stored,
+            basis if coeff is not None else None, coeff, None, None, None, None, None,
+            layer.format, layer.layout, layer.group_size, layer.out_features,
         )  # fmt: skip
 
     def along(rows: Tensor) -> Tensor:
         return torch.ops.zoact.zo_linear(
             rows, None, None, None, None, None, None, None, basis, None, None, None, p.seeds, sigmas, layer.param_id,
-            *stored, p.noise, sigmas.shape[0],
+            "dense", "row", -1, layer.out_features, p.noise, sigmas.shape[0],
         )  # fmt: skip
 
     y = _dual(x, clean, along if coeff is not None else None)

@@ -35,6 +35,7 @@ from .plots import Metrics
 from .runlog import EvalRow, RunError, RunLog, StepRow, hash_tensors, update_hash
 
 METHOD: Any = None  # default of a recipe's field: what the method's own is
+USUAL = {"steps": 200, "batch_size": 16, "length_window": 8, "schedule": "constant", "snapshot_every": 50}
 FREE = ("eval_every", "snapshot_every")  # of a recipe: may change at resume, since no bit of C depends on them
 
 
@@ -50,9 +51,9 @@ class Recipe:
 
     method: str = "zo-act"
 
-    steps: int = 200
-    batch_size: int = 16
-    length_window: int = 8
+    steps: int = METHOD
+    batch_size: int = METHOD
+    length_window: int = METHOD
     micro_batch: int = 0
     sigma: float = METHOD
     queries: int = METHOD
@@ -66,11 +67,11 @@ class Recipe:
     beta2: float = METHOD
     eps: float = METHOD
     weight_decay: float = METHOD
-    schedule: str = "constant"
+    schedule: str = METHOD
     warmup: int = 0
     seed: int = 0
     noise: str = METHOD
-    floor_every: int = 100
+    floor_every: int = METHOD
     fork: bool | None = METHOD
     prefix_cache: int = METHOD
     spread: bool = METHOD
@@ -78,18 +79,18 @@ class Recipe:
     basis_method: str = "power"
     basis_without_first: bool = False
     eval_every: int = 0
-    snapshot_every: int = 50
+    snapshot_every: int = METHOD
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        own = arguments(self.method)
+        own = arguments(self.method) | USUAL | METHODS[self.method].recipe
         own["beta1"], own["beta2"] = own.pop("betas")
         for name in own.keys() & vars(self).keys():
             if getattr(self, name) is METHOD:
                 object.__setattr__(self, name, own[name])
         for name in self.options:
             if name not in own or name in vars(self):
-                extra = ", ".join(own.keys() - vars(self).keys() - {"schedule", "steps"}) or "none"
+                extra = ", ".join(own.keys() - vars(self).keys()) or "none"
                 raise ValueError(f"`options` has {name!r}; options that only {self.method} has are: {extra}")
         at_least = {"steps": 0, "batch_size": 1, "length_window": 0, "micro_batch": 0, "basis_batches": 1}
         for name, least in {**at_least, **dict.fromkeys(FREE, 0)}.items():
@@ -172,7 +173,9 @@ def train(
         if before:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(before["threads"])
-        rows = 16 * groups * recipe.batch_size  # as if sequences had 16 tokens; enough to choose by
+        rows = (
+            16 * (2 if recipe.spread else groups) * recipe.batch_size
+        )  # as if sequences had 16 tokens; enough to choose by
         backend = pin(model, rows, groups, recipe.queries, before)
         for key, was in (before or {}).items():
             if backend[key] != was:
@@ -236,7 +239,7 @@ class _Run:
         optimizer, batch = self.optimizer, self.batch_at(self.log.done).to(self.optimizer.device)
         result = take_step(optimizer, self.recipe, batch)
         seconds = time.perf_counter() - start
-        tokens = batch.tokens * len(result.losses)
+        tokens = batch.tokens * len(result.losses) * optimizer.copies // optimizer.groups
         row = StepRow(
             result.step, result.seeds, result.losses, result.weights, result.lr, result.skipped, result.signal,
             result.floor, tokens, seconds,
@@ -365,7 +368,7 @@ def _short(value: Any) -> str:
 def _check_room(directory: Path, optimizer: ZeroOrder, recipe: Recipe) -> None:
     """Raises RunError if the disk can't hold the snapshots (first, two newest, one in the making), log and adapter."""
     state = sum(t.numel() * t.element_size() for t in optimizer.state_dict().values())
-    row = 8 * (recipe.batch_size * optimizer.groups + 2 * recipe.queries) + 200
+    row = 8 * (recipe.batch_size * optimizer.copies + 2 * recipe.queries) + 200
     needed = 5 * state + 2 * recipe.steps * row + (1 << 20)
     place = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free

@@ -6,7 +6,7 @@
 
 A method says which parameters are its trainables and how a forward perturbs them (trainables); the rest is here. A step
 is a function of (theta, moments, t) and of the losses, so (seeds, weights, lr, skipped) of every step is a complete
-log: `replay` rebuilds theta from it without evaluating the model.
+log: `replay` rebuilds theta from it without evaluating the model, unless a direction is made of what it computes.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from . import estimators, ops, optim, rng
 from .activations import evaluating
-from .fork import Fork
+from .fork import Fork, fork_of
 from .layers import Perturbation, perturbed, release
 from .tail import Tail
 from .trainables import Trainable
@@ -120,7 +120,9 @@ class ZeroOrder:
     summary = ""  # one line
     replayable = True  # from the logged numbers of each step, without the model; False: evaluated again at resume
     basis = "none"  # what A is made of: "activations" (of the first batches, once), "inputs" (of each step), "random"
+    one_graph = True  # whether every step does the same on the device, so that a CUDA graph can hold it
     dense = False  # whether it trains the weights themselves
+    recipe: ClassVar[dict[str, Any]] = {}  # what of a `trainer.Recipe` its runs have otherwise than others
     known_sides: tuple[str, ...] = estimators.SIDES
 
     def __init__(
@@ -174,7 +176,8 @@ class ZeroOrder:
         self.iteration = 0  # steps taken, skipped ones included: the next step's number
         self.trainables = {t.name: t for t in self.find(model, release(model))}
         self._fork_wanted, self._prefix_cache, self.spread = fork, prefix_cache, spread
-        self.rule = self.make_rule(optimizer, betas=betas, eps=eps, weight_decay=weight_decay, noise=noise)
+        rule = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "noise": noise}
+        self.rule: Any = self.make_rule(optimizer, list(self.trainables.values()), **rule)  # optim.SGD or like it
         self.floor = float("nan")
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._warned = False
@@ -183,8 +186,8 @@ class ZeroOrder:
         self._table = self.radii()
         self.groups = len(self._table)
         self._radii = Radii.of(self._table, device)
-        self._seeds = torch.zeros(queries, dtype=torch.int64, device=device)
-        self._weights = torch.zeros(queries, dtype=torch.float32, device=device)
+        self._seeds = torch.zeros(self.draws(), dtype=torch.int64, device=device)
+        self._weights = torch.zeros(self.draws(), dtype=torch.float32, device=device)
 
     def find(self, model: nn.Module, handle: Perturbation) -> Sequence[Trainable]:
         """The parameters that this method moves, set up so that `perturbed` (through `handle`) moves them."""
@@ -198,7 +201,11 @@ class ZeroOrder:
         return estimators.group_sigmas(self.sides, self.queries, self.sigma)
 
     def prepare(self, batches: Iterable[Any], evaluate: Callable[[Any], Tensor]) -> None:
-        """Take from the first batches of a new run what is fixed from then on; evaluate(batch): a clean forward of it."""
+        """Take from the first batches of a new run what is fixed from then on. evaluate(batch): a clean forward."""
+
+    def draws(self) -> int:
+        """S, the noises of a step."""
+        return self.queries
 
     def refresh(self) -> None:
         """Bring what changes from step to step (a basis, say) to step `iteration`; steps and replay both call it."""
@@ -212,37 +219,33 @@ class ZeroOrder:
 
     @functools.cached_property
     def fork(self) -> Fork | Tail | None:
-        """Where the row groups part, None if in the first block. ValueError where what was asked for can't be."""
-        if self._fork_wanted is False:
-            return None
-        try:
-            return Fork(self.model, cache_bytes=self._prefix_cache)
-        except ValueError:
-            if self._fork_wanted or self._prefix_cache:
-                raise
-            return None
+        """Where the row groups part, None if at once. Raises ValueError where what was asked for can't be."""
+        return fork_of(self.model, self._fork_wanted, self._prefix_cache)
 
-    @contextlib.contextmanager
-    def forking(self) -> Iterator[None]:
+    def forking(self) -> contextlib.AbstractContextManager[None]:
         """Inside the block forwards of the model, clean ones too, share what is before the fork and what it keeps."""
-        with self.fork.open() if self.fork else contextlib.nullcontext():
-            yield
+        return self.fork.open() if self.fork else contextlib.nullcontext()
 
-    def make_rule(self, optimizer: str, **arguments: Any) -> optim.SGD:
-        """What moves the values of the trainables."""
+    def make_rule(self, optimizer: str, trainables: Sequence[Trainable], **arguments: Any) -> optim.SGD:
+        """What moves the values of `trainables`."""
         return optim.RULES[optimizer](
-            {name: t.value for name, t in self.trainables.items()},
-            torch.cat([t.param_id for t in self.trainables.values()]),
-            gains={name: t.gain for name, t in self.trainables.items()},
-            masks={name: t.mask for name, t in self.trainables.items()},
-            along={name: t.along for name, t in self.trainables.items() if t.along is not None},
-            undecayed=[name for name, t in self.trainables.items() if not t.decays],
+            {t.name: t.value for t in trainables},
+            torch.cat([t.param_id for t in trainables]),
+            gains={t.name: t.gain for t in trainables},
+            masks={t.name: t.mask for t in trainables},
+            along={t.name: t.along for t in trainables if t.along is not None},
+            undecayed=[t.name for t in trainables if not t.decays],
             **arguments,
         )
 
     @classmethod
     def adopt(cls, model: nn.Module, layers: Sequence[str], state: Mapping[str, Tensor]) -> None:
         """Give a freshly loaded model the shape that it had in the run whose snapshot `state` is."""
+
+    @property
+    def copies(self) -> int:
+        """Of a batch, that a stacked forward is given: one for every row group, or for + and - of all queries."""
+        return 2 if self.spread else self.groups
 
     @property
     def device(self) -> torch.device:
@@ -262,7 +265,7 @@ class ZeroOrder:
             raise ValueError(f"batch has no tensor with a batch dimension; its keys are {', '.join(batch)}")
         examples = tensors.get("input_ids", next(iter(tensors.values()))).shape[0]
         return {
-            key: value.repeat(2 if self.spread else self.groups, *(1 for _ in value.shape[1:]))
+            key: value.repeat(self.copies, *(1 for _ in value.shape[1:]))
             if key in tensors and value.shape[0] == examples
             else value
             for key, value in batch.items()
@@ -309,7 +312,7 @@ class ZeroOrder:
             if row.seeds.shape != self._seeds.shape or row.weights.shape != self._weights.shape:
                 raise ValueError(
                     f"step {row.step} has seeds {tuple(row.seeds.shape)} and weights {tuple(row.weights.shape)}; "
-                    f"with {self.queries} queries they are ({self.queries},)"
+                    f"with {self.queries} queries they are ({self.draws()},)"
                 )
             self._check()
             self.refresh()
@@ -403,12 +406,19 @@ class ZeroOrder:
 
     def _draw(self) -> Tensor:
         """Seeds of step `iteration`, int64 [S] on the CPU."""
-        return torch.tensor([rng.seed_for(self.seed, self.iteration, query) for query in range(self.queries)])
+        return torch.tensor([rng.seed_for(self.seed, self.iteration, query) for query in range(self.draws())])
 
     def _on_device(self, parts: Sequence[Evaluation], rows: tuple[int, ...], dry: bool = False) -> Tensor:
         """Evaluate, estimate, update: losses float64 [G, B]. The host neither waits nor decides in between, so a CUDA
         graph can hold it (StepGraph). dry: change nothing."""
         losses, weights = self._estimate(parts, rows)
+        self._take(losses, weights, dry)
+        self.rule.launch(self._seeds, self._weights)
+        self._settle()
+        return losses
+
+    def _take(self, losses: Tensor, weights: Tensor, dry: bool) -> None:
+        """The weights [S] of a step, which is skipped where they, or the losses that they come from, are no use."""
         self._weights.copy_(weights)
         fine = torch.isfinite(losses).all() & torch.isfinite(self._weights).all()
         if self.scaling == "std":  # zeros where all queries saw the same
@@ -416,9 +426,6 @@ class ZeroOrder:
         self.rule.skip.copy_(fine.logical_not())
         if dry:
             self.rule.skip.fill_(True)
-        self.rule.launch(self._seeds, self._weights)
-        self._settle()
-        return losses
 
     def _estimate(self, parts: Sequence[Evaluation], rows: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Losses float64 [G, B] and the weights [S] that they give `_seeds`, on the device. Raises nothing for NaN."""
@@ -429,7 +436,7 @@ class ZeroOrder:
     def _finish(self, losses: Tensor, shrunk: Tensor | None) -> StepResult:
         """Count the step and tell what it did, once its losses [G, B] are on the CPU."""
         if shrunk is not None:
-            self.floor = estimators.rounding_floor(losses, shrunk, self.sides, self.queries)
+            self.floor = estimators.rounding_floor(losses[: self.groups], shrunk, self.sides, self.queries)
         step, lr, signal = self.iteration, self._rate(), self._signal(losses)
         seeds, weights = (tensor.to("cpu", copy=True) for tensor in (self._seeds, self._weights))
         reason = self._reason(losses, weights) if bool(self.rule.skip) else ""
@@ -468,7 +475,7 @@ class ZeroOrder:
             if self.spread:  # one copy of the batch for all +, one for all -; in each a part for every query
                 sigmas = torch.cat([sigmas[0::2], sigmas[1::2]])
             with perturbed(self.model, seeds, sigmas * shrink, self.noise, leading, copies):
-                losses = _losses(evaluate(copies), copies)
+                losses = estimators.per_example(evaluate(copies), copies)
             if self.spread and losses.shape[1] % self.queries:
                 raise ValueError(f"a batch has {losses.shape[1]} examples; {self.queries} queries can't share them")
             yield losses.unflatten(1, (-1, losses.shape[1] * copies // groups)).transpose(0, 1).flatten(0, 1)
@@ -477,7 +484,7 @@ class ZeroOrder:
         for g in range(groups):
             seeds, sigmas = self._noises(radii, slice(g, g + 1))
             with perturbed(self.model, seeds, sigmas * shrink, self.noise, rows):
-                losses = _losses(evaluate(1), 1)
+                losses = estimators.per_example(evaluate(1), 1)
             if examples not in (0, losses.numel()):
                 raise ValueError(f"a group has {losses.numel()} losses, another {examples}; all see the same batch")
             examples = losses.numel()
@@ -526,19 +533,3 @@ class ZeroOrder:
     def _check(self) -> None:
         for trainable in self.trainables.values():
             trainable.check()
-
-
-def _losses(losses: Tensor, groups: int) -> Tensor:
-    """Per-example losses of a closure as float64 [groups, B]."""
-    if losses.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"losses are {losses.dtype}; needed are float32 or float64: one ulp of a 16-bit loss is larger than what a "
-            "step measures. Cast the logits with .float() before the loss"
-        )
-    expected = losses.dim() < 2 or (losses.dim() == 2 and losses.shape[0] == groups)
-    if not expected or losses.numel() == 0 or losses.numel() % groups:
-        raise ValueError(
-            f"losses have shape {tuple(losses.shape)}; {groups} row groups give ({groups} * B,) or ({groups}, B), one "
-            "loss per example, group after group"
-        )
-    return losses.detach().double().reshape(groups, -1)

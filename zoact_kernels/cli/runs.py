@@ -61,10 +61,10 @@ def finetune(
     dtype: Annotated[str, about("activations: float32, bfloat16, float16")] = "float32",
     device: Annotated[str, about("cpu, cuda or cuda:1")] = "cpu",
     adapter: Annotated[str, about("PEFT LoRA directory to continue from")] = "",
-    steps: Annotated[int, about("training steps")] = Recipe.steps,
-    batch_size: Annotated[int, about("examples a step")] = Recipe.batch_size,
+    steps: Annotated[int | None, about("training steps")] = Recipe.steps,
+    batch_size: Annotated[int | None, about("examples a step")] = Recipe.batch_size,
     length_window: Annotated[
-        int, about("batches among which examples of similar length meet (0: any)")
+        int | None, about("batches among which examples of similar length meet (0: any)")
     ] = Recipe.length_window,
     micro_batch: Annotated[int, about("examples of a step at a time (0: all)")] = Recipe.micro_batch,
     lr: Annotated[float | None, about("learning rate")] = Recipe.lr,
@@ -75,7 +75,7 @@ def finetune(
     mode: Annotated[str, about("stacked (one forward) or sequential (less memory)")] = Recipe.mode,
     optimizer: Annotated[str | None, about("adam, adamw, sgd, momentum, sign")] = Recipe.optimizer,
     weight_decay: Annotated[float | None, about("weight decay")] = Recipe.weight_decay,
-    schedule: Annotated[str, about("constant, linear or cosine")] = Recipe.schedule,
+    schedule: Annotated[str | None, about("constant, linear or cosine")] = Recipe.schedule,
     warmup: Annotated[int, about("steps of rising learning rate")] = Recipe.warmup,
     noise: Annotated[str | None, about("normal or rademacher")] = Recipe.noise,
     seed: Annotated[int, about("the whole of the randomness")] = Recipe.seed,
@@ -92,7 +92,7 @@ def finetune(
     ] = Recipe.basis_without_first,
     eval_every: Annotated[int, about("evaluate every so many steps too")] = Recipe.eval_every,
     eval_limit: Annotated[int, about("held-out examples used (0: all)")] = 0,
-    snapshot_every: Annotated[int, about("steps between snapshots")] = Recipe.snapshot_every,
+    snapshot_every: Annotated[int | None, about("steps between snapshots")] = Recipe.snapshot_every,
     threads: Annotated[int, about("CPU threads (0: torch's default; a resumed run keeps its own)")] = 0,
     tiles: Annotated[Path | None, about("table of Triton tiles that `zoact tune` wrote for this GPU")] = None,
     resume: Annotated[bool, about("continue the run in --out; other options come from it", "--resume")] = False,

@@ -5,6 +5,8 @@
     fzoo     random signs, one-sided, differences divided by their spread               arXiv 2506.09034
     sparse-mezo, zo-sparse   MeZO under a mask by magnitude, or by chance               arXiv 2402.15751, 2402.11592
     zo-sign, zo-momentum, zo-adam   MeZO with another rule                              arXiv 2402.11592
+    zo-conservative   the better of both sides and of staying                           arXiv 2402.11592
+    mezo-bcd, zo-act-bcd, zo-module-wise   one block, or one module, at a time          arXiv 2501.19099, 2402.11592
     lozo, lozo-m   U V^T, V renewed now and then, SGD or momentum in the factor         arXiv 2410.07698
     forward-gradient, forward-gradient-dense   ZO-Act and MeZO by exact derivatives     arXiv 2402.11592
     mezo-gv, mezo-gv-history, mezo-greedy   MeZO along sums of noises that a pool ranks  arXiv 2601.04710
@@ -28,7 +30,8 @@ from torch import nn
 
 from ..zeroth_order import MODES, RECENT, Evaluation, LoggedStep, StepResult, ZeroOrder
 from .activation import AGZO, ZOAct, ZOActOneSided
-from .dense import FZOO, MeZO, SparseMeZO, ZOAdam, ZOMomentum, ZOSign, ZOSparse
+from .blocks import MeZOBCD, ZOActBCD, ZOModuleWise
+from .dense import FZOO, MeZO, SparseMeZO, ZOAdam, ZOConservative, ZOMomentum, ZOSign, ZOSparse
 from .learned import ZOFinetuner
 from .lora import PRGE, MeZOLoRA, MeZOPrefix
 from .low_rank import LOZO, LOZOM, SubZero
@@ -63,6 +66,10 @@ METHODS: dict[str, type[ZeroOrder]] = {
         ZOMomentum,
         ZOAdam,
         ZOFinetuner,
+        ZOConservative,
+        MeZOBCD,
+        ZOActBCD,
+        ZOModuleWise,
         LOZO,
         LOZOM,
         SubZero,

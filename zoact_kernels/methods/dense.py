@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .. import rng
+from .. import estimators, rng
 from ..layers import Mask, Perturbation
 from ..trainables import Weight, weights
-from ..zeroth_order import ZeroOrder
+from ..zeroth_order import Evaluation, ZeroOrder
 from .checks import check_period, check_share
 
 
@@ -137,3 +138,45 @@ class ZOAdam(MeZO):
 
     def __init__(self, model: nn.Module, *, optimizer: str = "adam", **others: Any) -> None:
         super().__init__(model, optimizer=optimizer, **others)
+
+
+class ZOConservative(MeZO):
+    """The best of theta, theta - step and theta + step by the loss on the batch; theta where they are equal.
+
+    step: what the rule makes of d z, so theta + step is what it makes of -d z, from the same moments. Values and
+    moments are copied and put back, not stepped back. With momentum or Adam the moments go with the choice too. 5
+    forwards. A step that stays at theta counts as skipped.
+    """
+
+    name, paper = "zo-conservative", "arXiv 2402.11592"
+    summary = "MeZO that stays, or turns back, where its step is worse"
+
+    def _on_device(self, parts: Sequence[Evaluation], rows: tuple[int, ...], dry: bool = False) -> Tensor:
+        losses, weights = self._estimate(parts, rows)
+        self._take(losses, weights, dry)
+        saved, tried = self.rule.save(), [self._clean(parts, losses.shape[1])]
+        for sign in (1, -1):
+            self.rule.launch(self._seeds, sign * self._weights)
+            self._settle()
+            tried.append(self._clean(parts, losses.shape[1]))
+            self.rule.restore(saved)
+        means = torch.cat(tried).mean(dim=1)
+        best = torch.where(means.isfinite(), means, torch.inf).argmin()  # the first of those that are equal
+        self._weights.mul_(torch.where(best == 2, -1.0, 1.0))
+        self.rule.skip.logical_or_(best == 0)
+        self.rule.launch(self._seeds, self._weights)
+        self._settle()
+        return torch.cat([losses, *tried])
+
+    def _clean(self, parts: Sequence[Evaluation], examples: int) -> Tensor:
+        """Losses [1, B] at theta; a closure over stacked inputs gives them once for every copy."""
+        with self.forking():
+            return torch.cat([estimators.per_example(part(1), 1) for part in parts], dim=1)[:, :examples]
+
+    def _signal(self, losses: Tensor) -> float:
+        return super()._signal(losses[: self.groups])
+
+    def _reason(self, losses: Tensor, weights: Tensor) -> str:
+        if losses.isfinite().all() and weights.isfinite().all():
+            return "neither side of theta is better"
+        return super()._reason(losses, weights)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..layers import Perturbation, ZOLinear, zo_layers
+from ..fork import running
+from ..layers import Perturbation, zo_layers
 from ..tail import Tail
 from ..trainables import Between, Trainable, between
 from ..zeroth_order import ZeroOrder
@@ -31,13 +33,17 @@ class ZOActTail(ZeroOrder):
     name, paper = "zo-act-tail", "of this package"
     summary = "few numbers behind the last attention, many queries over activations that are computed once"
     basis = "answers"
+    recipe: ClassVar[dict[str, Any]] = {
+        "steps": 3000, "batch_size": 1024, "length_window": 0, "schedule": "cosine", "floor_every": 0,
+        "snapshot_every": 500,
+    }  # fmt: skip
 
     def __init__(
         self,
         model: nn.Module,
         *,
         layers: int = 1,
-        rank: int = 256,
+        rank: int = 128,
         outputs: int = 8,
         tail_cache: int = 1 << 30,
         queries: int = 64,
@@ -58,6 +64,7 @@ class ZOActTail(ZeroOrder):
             layer.rank, layer.basis, layer.coeff, layer.out_basis = 0, None, None, None
         lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
         last = [layer for blocks in lists for layer in zo_layers(blocks[-1]).values()]
+        last = last or list(zo_layers(model).values())  # a replay has the trained layers alone
         if len(last) < self.count:
             raise ValueError(f"layers is {self.count}; the last block of the model has {len(last)} swapped linears")
         for layer in last[-self.count :]:
@@ -76,22 +83,25 @@ class ZOActTail(ZeroOrder):
         grams = [torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64) for layer in layers]
         counts, tokens = [0] * len(layers), []
 
-        def see(index: int, layer: ZOLinear, args: tuple[Tensor, ...]) -> None:
-            rows = args[0].reshape(-1, layer.in_features).double().cpu()
+        def see(index: int, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+            rows = x.reshape(-1, x.shape[-1]).double().cpu()
             grams[index] += rows.T @ rows
             counts[index] += len(rows)
+            return forward(x)
 
-        handles = [layer.register_forward_pre_hook(functools.partial(see, i)) for i, layer in enumerate(layers)]
-        try:
-            with self.forking():
-                for batch in batches:
-                    evaluate(batch.to(self.device))
-                    tokens.append(batch.targets.flatten())
-        finally:
-            for handle in handles:
-                handle.remove()
-        head = self.model.get_output_embeddings()
-        rows = self.fork.head_rows(head, torch.cat(tokens).unique(), layers[-1].out_features).double().cpu()
+        with contextlib.ExitStack() as stack:
+            for i, layer in enumerate(layers):
+                stack.enter_context(running(layer, functools.partial(see, i)))
+            stack.enter_context(self.forking())  # outside of them: it has the rows
+            for batch in batches:
+                evaluate(batch.to(self.device))
+                tokens.append(batch.targets.flatten())
+        model: Any = self.model
+        rows = (
+            self.fork.head_rows(model.get_output_embeddings(), torch.cat(tokens).unique(), layers[-1].out_features)
+            .double()
+            .cpu()
+        )
         directions = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)
         for layer, gram, count in zip(layers, grams, counts, strict=True):
             assert layer.basis is not None and layer.out_basis is not None

@@ -6,6 +6,7 @@ lora        both factors of a LoRA by peft: rank 8, alpha 16, all linears of the
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import rng
 from ..layers import zo_layers
 from ..losses import group_losses
 from ..trainer import Recipe
@@ -58,8 +60,12 @@ def _lora(setting: Setting, rank: int, recipe: Recipe) -> tuple[nn.Module, list[
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     inner = [name for name in linears if name not in (HEAD, "lm_head")]
     config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=inner, modules_to_save=head or None)
-    torch.manual_seed(recipe.seed)  # peft draws A from the global generator
     adapted: nn.Module = get_peft_model(model, config).eval()
+    with torch.no_grad():  # peft draws A from a global generator; this has the variance of its draw
+        for name, p in adapted.named_parameters():
+            if "lora_A" in name:
+                z = rng.noise("normal", rng.seed_for(recipe.seed, 0), rng.param_id(name), *p.shape)
+                p.copy_(z / math.sqrt(3 * p.shape[1]))
     return adapted, [p for p in adapted.parameters() if p.requires_grad]
 
 

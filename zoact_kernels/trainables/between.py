@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import rng
-from ..layers import Perturbation, ZOLinear, zo_layers
+from ..layers import Perturbation, ZOLinear, base_product, zo_layers
 from ..optim import check_entries
 from .base import Trainable
 
@@ -64,19 +64,17 @@ def probe_between(own: Between, layer: ZOLinear, x: Tensor, sigmas: Tensor, bias
     """y_g = x_g (D(W) + U (S + sum_s sigmas[g, s] Z_s) A^T)^T + bias, the product with W once for equal copies of x."""
     p, groups = layer.perturbation, sigmas.shape[0]
     assert own.basis is not None
-    copies = p.copies if groups == p.groups and x.shape[0] % p.copies == 0 else 1
-    one = x[: len(x) // copies]
-    if copies > 1 and not torch.equal(x.unflatten(0, (copies, -1)), one.expand(copies, *one.shape)):
-        copies, one = 1, x
-    y = torch.ops.zoact.zo_linear(
-        one, layer.weight, layer.scale, layer.offset, layer.nested, bias, layer.base_basis, layer.base_coeff, None,
-        None, None, None, None, None, None, layer.format, layer.layout, layer.group_size, layer.out_features,
-    )  # fmt: skip
-    h = one.float() @ own.basis
-    h = h.expand(copies, *h.shape).reshape(groups, -1, h.shape[-1])
-    moved = torch.baddbmm(torch.zeros((), device=x.device), h, group_cores(own.value, p, sigmas, own.param_id).mT)
-    side = (moved @ own.left.T).view(copies, *y.shape)
-    return (y.float() + side).to(y.dtype).flatten(0, 1)
+    if layer.known is not None:
+        one, y = layer.known
+    else:
+        one = x[: len(x) // p.copies] if len(x) % p.copies == 0 else x
+        if not torch.equal(x.view(-1, *one.shape), one.expand(len(x) // len(one), *one.shape)):
+            one = x
+        y = base_product(layer, one, bias)
+    copies = len(x) // len(one)
+    h = (one.float() @ own.basis).expand(copies, *one.shape[:-1], -1).reshape(groups, -1, own.value.shape[1])
+    side = (h @ group_cores(own.value, p, sigmas, own.param_id).mT) @ own.left.T
+    return (y.float() + side.view(copies, *y.shape)).to(y.dtype).view(*x.shape[:-1], -1)
 
 
 def group_cores(value: Tensor, p: Perturbation, sigmas: Tensor, param_id: Tensor) -> Tensor:

@@ -262,9 +262,9 @@ def _label_values(model: nn.Module, batch: Batch, groups: int, chunk_bytes: int)
         if words.dim() < 2 or not torch.equal(words.expand_as(batch.targets), batch.targets):
             return _rows_through_head(model, owner, head, batch, groups, chunk_bytes // _vocabulary(owner, head))
         # Behind a tail all logits of a row would be most of its cost
-        rows = tail.head_rows(head, words[0], owner.config.get_text_config().hidden_size)
+        rows, bias = tail.head_rows(head, words[0], owner.config.get_text_config().hidden_size, owner.dtype)
         few = replace(batch, targets=torch.arange(len(rows), device=words.device).expand_as(batch.targets))
-        with few_words(head, rows):
+        with few_words(head, rows, bias):
             return _rows_through_head(model, owner, head, few, groups, chunk_bytes // len(rows))
 
 

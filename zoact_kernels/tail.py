@@ -88,7 +88,7 @@ class Tail:
         self._tuples = False  # whether a block returns its hidden states in a tuple
         self._call: _Call | None = None
         self._labels: Labels | None = None
-        self._words: dict[bytes, Tensor] = {}
+        self._words: dict[bytes, tuple[Tensor, Tensor]] = {}
         self._checked = False
 
     def forget(self) -> None:
@@ -125,13 +125,16 @@ class Tail:
         finally:
             self._labels = None
 
-    def head_rows(self, head: nn.Module, tokens: Tensor, width: int) -> Tensor:
-        """Rows [C, H] of a head's weight, of tokens [C], in whatever form it is kept."""
+    def head_rows(self, head: nn.Module, tokens: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Rows [C, H] and biases [C] of a head's weight, of tokens [C], fp32, in whatever form it is kept.
+
+        dtype: of the activations that it takes.
+        """
         key = tokens.cpu().numpy().tobytes()
         if key not in self._words:
-            device = tokens.device
-            eye = torch.eye(width, device=device)
-            self._words[key] = torch.cat([head(part)[:, tokens] for part in eye.split(64)]).T.float().contiguous()
+            units = torch.eye(width + 1, width, device=tokens.device, dtype=dtype)  # the last of them is nothing
+            found = torch.cat([head(part)[:, tokens].float() for part in units.split(64)])
+            self._words[key] = (found[:-1] - found[-1]).T.contiguous(), found[-1]
         return self._words[key]
 
     # --- a forward ----------------------------------------------------------------------------------------------------
@@ -303,6 +306,6 @@ def _without_cache(body: Any) -> dict[str, Any]:
     return {"use_cache": False} if getattr(getattr(body, "config", None), "use_cache", None) is not None else {}
 
 
-def few_words(head: nn.Module, rows: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Inside the block a head gives the logits of the words whose rows [C, H] these are, and no others."""
-    return running(head, lambda forward, x: F.linear(x.float(), rows))
+def few_words(head: nn.Module, rows: Tensor, bias: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Inside the block a head gives the logits of those words alone whose rows [C, H] and biases [C] these are."""
+    return running(head, lambda forward, x: F.linear(x.float(), rows, bias))

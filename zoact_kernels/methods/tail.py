@@ -97,11 +97,8 @@ class ZOActTail(ZeroOrder):
                 evaluate(batch.to(self.device))
                 tokens.append(batch.targets.flatten())
         model: Any = self.model
-        rows = (
-            self.fork.head_rows(model.get_output_embeddings(), torch.cat(tokens).unique(), layers[-1].out_features)
-            .double()
-            .cpu()
-        )
+        head, answers = model.get_output_embeddings(), torch.cat(tokens).unique()
+        rows = self.fork.head_rows(head, answers, layers[-1].out_features, model.dtype)[0].double().cpu()
         directions = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)
         for layer, gram, count in zip(layers, grams, counts, strict=True):
             assert layer.basis is not None and layer.out_basis is not None

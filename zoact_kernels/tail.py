@@ -157,8 +157,10 @@ class Tail:
                 for s, p in places
             ]
         )
-        output, states = self._rows(forward, ids, kept, copies)
         n, (S, T) = len(kept), ids.shape
+        dealt, places = self._dealt(kept, labels.sequences, S, copies)
+        output, states = self._rows(forward, ids, dealt, copies)
+        states = states.unflatten(0, (copies, -1))[:, places].flatten(0, 1)
         if n == S and torch.equal(labels.sequences, torch.arange(S, device=ids.device)):
             whole = states.expand(-1, T, -1)  # a view: its other positions are never read
         else:
@@ -170,6 +172,25 @@ class Tail:
         output = copy.copy(output)
         output["last_hidden_state"] = whole
         return output
+
+    def _dealt(self, kept: Tensor, sequences: Tensor, S: int, copies: int) -> tuple[Tensor, Tensor | slice]:
+        """Rows so that all row groups have as many, and where those of `kept` [n, width] are among them.
+
+        Groups that share a copy have a part of its S sequences each, whose label rows may be more or fewer.
+        """
+        shares = self.handle.groups // copies if self.handle.active else 1
+        if S % shares:
+            raise ValueError(f"a batch has {S} sequences; {shares} queries can't share them")
+        own = sequences * shares // S  # [n], ascending
+        counts = own.bincount(minlength=shares)
+        most = int(counts.max())
+        if int(counts.min()) == most:
+            return kept, slice(None)
+        first = counts.cumsum(0) - counts
+        places = own * most + torch.arange(len(own), device=own.device) - first[own]
+        dealt = kept.new_zeros(shares * most, kept.shape[1])
+        dealt[places] = kept
+        return dealt, places
 
     def _rows(self, forward: Callable[..., Any], ids: Tensor, kept: Tensor, copies: int) -> tuple[Any, Tensor]:
         """(output of the body, its hidden states [copies n, 1, H]) for kept rows [n, width]."""

@@ -197,10 +197,11 @@ class Tail:
         parts = dict(zip(self._kept, kept.split(list(self._kept.values()), dim=1), strict=True))
         self._call = _Call(given=parts, copies=copies)
         tokens = ids[:1, :1].expand(copies * len(kept), 1)
+        leading, self.handle.leading = self.handle.leading, (len(tokens),)  # label rows, not sequences
         try:
             output = forward(input_ids=tokens, attention_mask=torch.ones_like(tokens), **_without_cache(self.body))
         finally:
-            self._call = None
+            self._call, self.handle.leading = None, leading
         return output, output[0] if isinstance(output, tuple) else output.last_hidden_state
 
     def _row(self, forward: Callable[..., Any], key: bytes, ids: Tensor, position: int) -> Tensor:

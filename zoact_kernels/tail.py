@@ -147,8 +147,12 @@ class Tail:
         one, named = cut((args, kwargs), copies)
         ids, lengths = right_padded(one, named)
         if not self._checked:
-            self._check(forward, ids[:1, : lengths[0]])
-        tokens, places = ids.cpu().long().numpy(), zip(labels.sequences.tolist(), labels.positions.tolist(), strict=True)
+            longest = max(range(len(lengths)), key=lengths.__getitem__)
+            self._check(forward, ids[longest : longest + 1, : lengths[longest]])
+        tokens, places = (
+            ids.cpu().long().numpy(),
+            zip(labels.sequences.tolist(), labels.positions.tolist(), strict=True),
+        )
         kept = torch.stack(
             [
                 self._row(
@@ -281,8 +285,11 @@ class Tail:
     def _check(self, forward: Callable[..., Any], ids: Tensor) -> None:
         """Find out, on one clean sequence [1, t], which outputs matter to the tail, and whether it is exact then.
 
-        Raises ValueError unless the tail gives what the whole model gives.
+        Raises ValueError unless the tail gives what the whole model gives. A sequence of one token, which has nothing
+        to mix, leaves the question open.
         """
+        self._idle.clear()
+        self.cache.clear()
         active, self.handle.active = self.handle.active, False
         try:
             output = forward(input_ids=ids, attention_mask=torch.ones_like(ids), **_without_cache(self.body))
@@ -303,8 +310,9 @@ class Tail:
                 f"the tail of {type(self.body).__name__} is not what the whole model gives (relative error "
                 f"{error:.1e}): after its first trained linear something mixes tokens, or is no linear"
             )
-        self._kept = {name: width for name, width in self._kept.items() if name not in self._idle}
-        self._checked = True
+        if ids.shape[1] > 1:
+            self._kept = {name: width for name, width in self._kept.items() if name not in self._idle}
+            self._checked = True
 
 
 class _Call:

@@ -1,4 +1,4 @@
-"""tail: label rows alone, behind the first trained linear, give the losses of the whole model with W_eff written out."""
+"""tail: label rows alone, behind the first trained linear, give the losses of the whole model, W_eff written out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,13 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 WORDS = (11, 5, 40)
+Comparison = tuple[Tensor, Tensor, Tensor]
 KINDS = ("llama", "tied", "gpt2", "gemma2", "phi", "head")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 def plain(kind: str) -> nn.Module:
@@ -58,7 +64,7 @@ def plain(kind: str) -> nn.Module:
 def made(kind: str, where: str) -> nn.Module:
     model = plain(kind)
     if kind == "head":  # packed like the rest
-        swap(model, ZOConfig(group_size=8, quantizer="minmax", rank=0, skip=()))
+        swap(model, ZOConfig(group_size=8, quantizer="minmax", rank=0), where="*")
         assert "lm_head" in zo_layers(model)
     elif where:
         swap(model, ZOConfig(group_size=8, quantizer="minmax", rank=0), where=where.split())
@@ -134,8 +140,8 @@ def found(optimizer: ZOActTail) -> dict[str, Between]:
     return {name: t for name, t in optimizer.trainables.items() if isinstance(t, Between)}
 
 
-def written_out(optimizer: ZOActTail, seed: int, sigma: float, dtype: torch.dtype) -> nn.Module:
-    """The model with W_eff = D(W) + U (S + sigma Z) A^T in ordinary layers, summed in float64, Z by the law."""
+def written_out(optimizer: ZOActTail, seed: int, sigma: float) -> nn.Module:
+    """The model in float64 with W_eff = D(W) + U (S + sigma Z) A^T in ordinary layers, Z by the law."""
     dense = unswap(copy.deepcopy(optimizer.model)).double()
     for name, t in found(optimizer).items():
         assert t.layer.basis is not None
@@ -143,11 +149,34 @@ def written_out(optimizer: ZOActTail, seed: int, sigma: float, dtype: torch.dtyp
         delta = t.left.double() @ (t.value.double() + sigma * z) @ t.layer.basis.double().T
         module: Any = dense.get_submodule(name)
         module.weight.data += delta if isinstance(module, nn.Linear) else delta.T
-    return dense.to(dtype)
+    return dense
 
 
 def step(optimizer: ZOActTail, given: Batch) -> Any:
     return optimizer.step_on([functools.partial(group_losses, optimizer.model, given)], given.leading)
+
+
+def as_good(actual: Tensor, optimizer: ZOActTail, given: Batch, seed: int, sigma: float, look: Any) -> Comparison:
+    """(what a tail gave, float32's own worst, the truth) of one row group.
+
+    Float32 gets three tries at every number (the weights summed, the side path padded, the side path alone), or a few
+    lucky sums would ask for more than it can do.
+    """
+    written = written_out(optimizer, seed, sigma)
+    truth = look(written, given)
+    tries = [look(written.float(), given)]
+    with perturbed(optimizer.model, torch.tensor([seed]), torch.tensor([[sigma]]), optimizer.noise):
+        tries += [look(optimizer.model, given)]
+        tries += [torch.cat([look(optimizer.model, alone(part)) for part in given.split(1)], dim=1)]
+    plain = torch.stack(tries)
+    worst = plain.gather(0, (plain - truth).abs().argmax(0)[None])[0]
+    return actual.reshape(-1).float(), worst.reshape(-1).float(), truth.reshape(-1)
+
+
+def alone(part: Batch) -> Batch:
+    """One example without the pads that it needs none of."""
+    longest = int(part.attention_mask.sum(1).max())
+    return replace(part, input_ids=part.input_ids[:, :longest], attention_mask=part.attention_mask[:, :longest])
 
 
 @torch.no_grad()
@@ -156,27 +185,18 @@ def hold(optimizer: ZOActTail, given: Batch) -> None:
     result = step(optimizer, given)
     shares = given.split(given.examples // optimizer.queries) if optimizer.spread else [given] * optimizer.queries
     assert result.losses.shape == (2 * optimizer.queries, shares[0].examples)
-    plain, truth = (
-        torch.cat(
-            [
-                group_losses(written_out(optimizer, int(seed), sign * optimizer.sigma, dtype), share)
-                for seed, share in zip(result.seeds, shares, strict=True)
-                for sign in (1, -1)
-            ]
-        )
-        for dtype in (torch.float32, torch.float64)
-    )
-    assert_no_worse(result.losses.float(), plain.float(), truth, "groups")
+    signs = (1, -1) * optimizer.queries
+    seeds = result.seeds.repeat_interleave(2).tolist()
+    groups = zip(result.losses, seeds, signs, [s for s in shares for _ in (1, -1)], strict=True)
+    found = [as_good(row, optimizer, s, seed, sign * optimizer.sigma, group_losses) for row, seed, sign, s in groups]
+    assert_no_worse(*(torch.cat(parts) for parts in zip(*found, strict=True)), "groups")
     felt = (result.losses[0::2] - result.losses[1::2]).abs().max()
     assert float(felt) > 1e-2  # or a tail that is deaf would pass
-    clean = [written_out(optimizer, 0, 0.0, dtype) for dtype in (torch.float32, torch.float64)]
     look = group_losses if given.kind == "completion" else group_scores
     with optimizer.forking():
         assert opened(optimizer.model) is optimizer.fork
-        mine = look(optimizer.model, given)
-    outside = look(optimizer.model, given)
-    for what, values in (("inside", mine), ("outside", outside)):
-        assert_no_worse(values.float(), look(clean[0], given).float(), look(clean[1], given), what)
+        inside = look(optimizer.model, given)
+    assert_no_worse(*as_good(inside, optimizer, given, 0, 0.0, look), "clean")
 
 
 # --- the same losses --------------------------------------------------------------------------------------------------
@@ -194,16 +214,18 @@ def test_of_other_models(kind: str) -> None:
     hold(method(fresh(kind), spread=False, queries=3, noise="rademacher"), BATCHES["texts"])
 
 
-@pytest.mark.parametrize("layers", (1, 2, 3))
-@pytest.mark.parametrize("kind", ("llama", "gemma2", "gpt2"))
+@pytest.mark.parametrize(
+    ("kind", "layers"), (("llama", 2), ("llama", 3), ("llama", 4), ("gemma2", 2), ("gpt2", 2), ("gpt2", 3))
+)
 def test_more_linears(kind: str, layers: int) -> None:
-    if kind == "gpt2" and layers == 3:
-        pytest.skip("its MLP has two")
     optimizer = method(fresh(kind), layers=layers)
     names = {name.rpartition(".")[2] for name in optimizer.trainables}
-    assert names <= {"down_proj", "up_proj", "gate_proj", "c_fc", "c_proj"} and len(optimizer.trainables) == layers
+    assert (
+        names <= {"down_proj", "up_proj", "gate_proj", "o_proj", "c_fc", "c_proj"}
+        and len(optimizer.trainables) == layers
+    )
     hold(optimizer, BATCHES["words"])
-    hold(method(fresh(kind), layers=layers, spread=False), BATCHES["texts"])
+    hold(method(fresh(kind), layers=layers, spread=False, queries=2), BATCHES["texts"])
 
 
 @pytest.mark.parametrize("given", (words(1), words(7), texts(9, mean=True), phrases(5, 6), phrases(5, 6, 7, choices=3)))
@@ -226,7 +248,7 @@ def test_small_chunks_of_the_head(batch: str) -> None:
 def test_the_first_sequence_may_be_the_shortest() -> None:
     """A sequence of one token can't tell a tail from the whole model: it must not end the question."""
     hold(method(fresh()), words(1, 1, 1, 1))
-    optimizer = method(fresh(), layers=4)  # attention is in the tail
+    optimizer = method(fresh(), layers=5)  # attention is in the tail
     with pytest.raises(ValueError, match="not what the whole model gives"):
         step(optimizer, words(1, 1, 1, 1))
         step(optimizer, words(7, 3, 5, 4))
@@ -239,7 +261,7 @@ def test_activations_of_16_bits(dtype: torch.dtype) -> None:
     with torch.no_grad():
         with optimizer.forking():
             mine = group_scores(optimizer.model, given)
-        truth = group_scores(written_out(optimizer, 0, 0.0, torch.float64), given)
+        truth = group_scores(written_out(optimizer, 0, 0.0), given)
         whole = group_scores(optimizer.model, given)
     assert_no_worse(mine.to(dtype), whole.to(dtype), truth)
     assert torch.isfinite(step(optimizer, given).losses).all()
@@ -374,12 +396,12 @@ def test_a_second_tail_and_a_fork() -> None:
         with torch.no_grad(), opening.open(), perturbed(model, torch.tensor([17]), sigmas, leading=sizes):
             got.append(group_losses(model, given, 2))
     assert torch.equal(got[0], got[1])
-    plain, truth = (
-        torch.cat([group_losses(written_out(optimizer, 17, s, d), given) for s in (0.25, -0.25)])
-        for d in (torch.float32, torch.float64)
-    )
-    for losses in got:
-        assert_no_worse(losses.float(), plain.detach().float(), truth.detach())
+    with torch.no_grad():
+        for losses in got:
+            pairs = [
+                as_good(f, optimizer, given, 17, s, group_losses) for f, s in zip(losses, (0.25, -0.25), strict=True)
+            ]
+            assert_no_worse(*(torch.cat(parts) for parts in zip(*pairs, strict=True)))
     optimizer.iteration = 0
     assert torch.equal(step(optimizer, given).losses, wanted)
 
@@ -424,7 +446,7 @@ def test_trained_outside_the_last_block() -> None:
         step(optimizer, BATCHES["words"])
 
 
-@pytest.mark.parametrize("layers", (4, 5, 7))
+@pytest.mark.parametrize("layers", (5, 6, 7))
 def test_attention_in_the_tail(layers: int) -> None:
     with pytest.raises(ValueError, match="mixes tokens"):
         step(method(fresh(), layers=layers), BATCHES["words"])

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from . import native, ops  # ops registers torch.ops.zoact
 from .cuda_ops import Cuda
@@ -35,7 +34,7 @@ class Perturbation:
     groups: int
     noise: str
     leading: tuple[int, ...]  # sizes that the leading dimension of a layer's x may have; () = any multiple of groups
-    tangent: bool  # the noise is the tangent of what it else is added to (room `tangent`)
+    tangent: bool  # noise is not added to a value, but is its tangent (room `tangent`)
 
     def __init__(self) -> None:
         self.active = False
@@ -106,17 +105,14 @@ def group_values(
     param_id: Tensor,
     mask: Mask = Mask(),  # noqa: B008
 ) -> Tensor:
-    """value + sum_s sigmas[g, s] Z_s of every row group g, fp32 [groups, *value.shape]: a copy each, so for vectors.
-
-    Where the noise is a tangent: value, with the sum as its tangent.
-    """
+    """value + sum_s sigmas[g, s] Z_s, or with that tangent, of each group: fp32 [groups, *value.shape], for vectors."""
     clean = value.detach().float().expand(sigmas.shape[0], *value.shape).clone(memory_format=torch.contiguous_format)
     moved = torch.zeros_like(clean) if p.tangent else clean
     for row, own in zip(moved, sigmas, strict=True):
         torch.ops.zoact.zo_perturb_(
             row.view(1, -1), p.seeds, own, param_id, None, None, mask.value, mask.seed, None, p.noise, mask.kind
         )
-    return forward_ad.make_dual(clean, moved) if p.tangent else moved
+    return torch.autograd.forward_ad.make_dual(clean, moved) if p.tangent else moved
 
 
 def add_per_group(y: Tensor, values: Tensor) -> Tensor:

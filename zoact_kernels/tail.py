@@ -145,15 +145,12 @@ class Tail:
         ids, lengths = right_padded(one, named)
         if not self._checked:
             self._check(forward, ids[:1, : lengths[0]])
-        tokens, places = ids.cpu().long().numpy(), zip(labels.sequences.tolist(), labels.positions.tolist(), strict=True)
-        kept = torch.stack(
-            [
-                self._row(
-                    forward, tokens[s, : lengths[s]].tobytes() + p.to_bytes(8, "little"), ids[s, : lengths[s]][None], p
-                )
-                for s, p in places
-            ]
-        )
+        tokens = ids.cpu().long().numpy()
+        rows = []
+        for s, p in zip(labels.sequences.tolist(), labels.positions.tolist(), strict=True):
+            key = tokens[s, : lengths[s]].tobytes() + p.to_bytes(8, "little")
+            rows.append(self._row(forward, key, ids[s, : lengths[s]][None], p))
+        kept = torch.stack(rows)
         output, states = self._rows(forward, ids, kept, copies)
         n, (S, T) = len(kept), ids.shape
         if n == S and torch.equal(labels.sequences, torch.arange(S, device=ids.device)):

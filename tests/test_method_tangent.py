@@ -417,6 +417,7 @@ def test_constants_are_no_lost_tangents():
     def evaluate(groups: int) -> Tensor:
         y = model(x)
         y = y + torch.zeros_like(y) + y.new_ones(()) + y.detach() * (y > 0) + y.data.round().sign()
+        y = y * torch.ones(()).expand_as(y) + torch.ones(1, dtype=torch.float64).to(y)
         return (y.clamp(-9, 9).round() * 0 + y - target).square().sum(1)
 
     assert not optimizer.step_on([evaluate]).skipped

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from . import native, ops  # ops registers torch.ops.zoact
 from .cuda_ops import Cuda
@@ -37,7 +36,7 @@ class Perturbation:
     noise: str
     copies: int  # of the batch that a forward is given: `groups`, or fewer where groups share one between them
     leading: tuple[int, ...]  # sizes that the leading dimension of a layer's x may have; () = any multiple of groups
-    tangent: bool  # the noise is the tangent of what it else is added to (room `tangent`)
+    tangent: bool  # noise is not added to a value, but is its tangent (room `tangent`)
 
     def __init__(self) -> None:
         self.active = False
@@ -125,7 +124,7 @@ def group_values(
         torch.ops.zoact.zo_perturb_(
             row.view(1, -1), p.seeds, own, param_id, None, None, mask.value, mask.seed, None, p.noise, mask.kind
         )
-    return forward_ad.make_dual(clean, moved) if p.tangent else moved
+    return torch.autograd.forward_ad.make_dual(clean, moved) if p.tangent else moved
 
 
 def scaled(sigmas: Tensor, factor: Tensor | None) -> Tensor:

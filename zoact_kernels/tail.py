@@ -149,18 +149,12 @@ class Tail:
         if not self._checked:
             longest = max(range(len(lengths)), key=lengths.__getitem__)
             self._check(forward, ids[longest : longest + 1, : lengths[longest]])
-        tokens, places = (
-            ids.cpu().long().numpy(),
-            zip(labels.sequences.tolist(), labels.positions.tolist(), strict=True),
-        )
-        kept = torch.stack(
-            [
-                self._row(
-                    forward, tokens[s, : lengths[s]].tobytes() + p.to_bytes(8, "little"), ids[s, : lengths[s]][None], p
-                )
-                for s, p in places
-            ]
-        )
+        tokens = ids.cpu().long().numpy()
+        rows = []
+        for s, p in zip(labels.sequences.tolist(), labels.positions.tolist(), strict=True):
+            key = tokens[s, : lengths[s]].tobytes() + p.to_bytes(8, "little")
+            rows.append(self._row(forward, key, ids[s, : lengths[s]][None], p))
+        kept = torch.stack(rows)
         n, (S, T) = len(kept), ids.shape
         dealt, places = self._dealt(kept, labels.sequences, S, copies)
         output, states = self._rows(forward, ids, dealt, copies)

@@ -31,10 +31,10 @@ from .layers import ZOLinear, add_per_group, group_values, perturbation_of
 from .parameters import Perturbed, ZODense, ZOEmbedding, mixture
 
 ATTENTIONS = ("eager", "sdpa")  # of transformers: made of torch ops, each with a formula for tangents
-# Functions that take a tensor's shape or value, and not its tangent.
+# Functions that may be given a tangent and return none: of a tensor they take the shape, the dtype, or the value alone.
 CONSTANTS = set(
     "detach _unpack_dual __get__ zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty "
-    "new_tensor".split()
+    "new_tensor expand_as view_as reshape_as type_as to".split()
 )
 
 

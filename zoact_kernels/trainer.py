@@ -403,6 +403,8 @@ def _begin(
             )
         energies = [[row.name, row.energy, row.energy_without_first] for row in report.layers]
     optimizer = recipe.create(model)
+    if optimizer.preparation:
+        watch.said(optimizer.preparation)
     optimizer.prepare(map(batch_at, range(recipe.basis_batches)), functools.partial(group_losses, model))
     anatomy = [trainable.anatomy() for trainable in optimizer.trainables.values()]
     causal_lm = hasattr(model, "lm_head")  # for the adapter's task type

@@ -66,14 +66,16 @@ class StepResult:
 
 
 class Radii(NamedTuple):
-    """Signed radius of every seed in every row group of a forward, float32 [G, S]."""
+    """Signed radius of every seed in every row group of a forward."""
 
-    host: Tensor  # on the CPU, to decide by
-    device: Tensor  # the same where the model is
+    table: Tensor  # float32 [G, S], on the device
+    used: tuple[tuple[int, ...], ...]  # seeds that a group has at all: known to the host, which may not read the table
 
     @classmethod
     def of(cls, table: Tensor, device: torch.device) -> Radii:
-        return cls(table, table.to(device, copy=True))
+        """From a table on the CPU."""
+        used = tuple(tuple(row.nonzero().flatten().tolist()) for row in table)
+        return cls(table.to(device, copy=True), used)
 
 
 class LoggedStep(Protocol):
@@ -122,6 +124,7 @@ class ZeroOrder:
     basis = "none"  # what A is made of: "activations" (of the first batches, once), "inputs" (of each step), "random"
     one_graph = True  # whether every step does the same on the device, so that a CUDA graph can hold it
     dense = False  # whether it trains the weights themselves
+    preparation = ""  # what `prepare` does, to tell those who wait for it
     recipe: ClassVar[dict[str, Any]] = {}  # what of a `trainer.Recipe` its runs have otherwise than others
     known_sides: tuple[str, ...] = estimators.SIDES
 
@@ -467,7 +470,7 @@ class ZeroOrder:
 
     def _groups(self, evaluate: Evaluation, shrink: float, rows: tuple[int, ...], radii: Radii) -> Iterator[Tensor]:
         """Losses of one part: [G, B] at once when stacked, else [1, B] group by group."""
-        groups = len(radii.host)
+        groups = len(radii.used)
         if self.mode == "stacked":
             copies = 2 if self.spread else groups
             leading = tuple(copies * size for size in rows)
@@ -491,10 +494,10 @@ class ZeroOrder:
             yield losses
 
     def _noises(self, radii: Radii, groups: slice) -> tuple[Tensor, Tensor]:
-        """Seeds [S'] that some of `groups` have at all, one at least, and their radii [groups, S'], on the device."""
-        used = radii.host[groups].any(dim=0).nonzero().flatten().tolist() or [0]
+        """Seeds [S'] that some of `groups` have, one at least, and their radii [groups, S'], on the device."""
+        used = sorted(set().union(*radii.used[groups])) or [0]
         seeds = torch.cat([self._seeds[s : s + 1] for s in used])
-        return seeds, torch.cat([radii.device[groups, s : s + 1] for s in used], dim=1)
+        return seeds, torch.cat([radii.table[groups, s : s + 1] for s in used], dim=1)
 
     def _signal(self, losses: Tensor) -> float:
         return float(estimators.contrasts(losses, self.sides, self.queries).abs().mean())

@@ -33,6 +33,7 @@ class ZOActTail(ZeroOrder):
     name, paper = "zo-act-tail", "of this package"
     summary = "few numbers behind the last attention, many queries over activations that are computed once"
     basis = "answers"
+    preparation = "computing what comes before the tail, once for every example, and bases from it"
     recipe: ClassVar[dict[str, Any]] = {
         "steps": 3000, "batch_size": 1024, "length_window": 0, "schedule": "cosine", "floor_every": 0,
         "snapshot_every": 500,

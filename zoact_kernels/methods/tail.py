@@ -83,6 +83,15 @@ class ZOActTail(ZeroOrder):
         layers = [t.layer for t in self.trainables.values() if isinstance(t, Between)]
         grams = [torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64) for layer in layers]
         counts, tokens = [0] * len(layers), []
+        batches = [batch.to(self.device) for batch in batches]
+        model: Any = self.model
+        head = model.get_output_embeddings() if hasattr(type(model), "get_output_embeddings") else None
+        if head is None or any(batch.kind == "sequence-classification" for batch in batches):
+            raise ValueError(
+                f"{type(model).__name__} is no language model with output embeddings; {self.name} goes by label rows"
+            )
+        with self.forking():  # the tail's own check, on other rows than labels, is over then
+            evaluate(max(batches, key=lambda batch: int(batch.attention_mask.sum(1).max())))
 
         def see(index: int, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             rows = x.reshape(-1, x.shape[-1]).double().cpu()
@@ -95,17 +104,20 @@ class ZOActTail(ZeroOrder):
                 stack.enter_context(running(layer, functools.partial(see, i)))
             stack.enter_context(self.forking())  # outside of them: it has the rows
             for batch in batches:
-                evaluate(batch.to(self.device))
+                evaluate(batch)
                 tokens.append(batch.targets.flatten())
-        model: Any = self.model
-        head, answers = model.get_output_embeddings(), torch.cat(tokens).unique()
-        rows = self.fork.head_rows(head, answers, layers[-1].out_features, model.dtype)[0].double().cpu()
-        directions = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)
+        last = layers[-1]
+        rows = self.fork.head_rows(head, torch.cat(tokens).unique(), last.out_features, model.dtype)[0].double().cpu()
+        rows -= rows.mean(dim=0)
         for layer, gram, count in zip(layers, grams, counts, strict=True):
             assert layer.basis is not None and layer.out_basis is not None
             values, vectors = torch.linalg.eigh(gram / count)
             values, vectors = values.flip(0)[: layer.rank], vectors.flip(1)[:, : layer.rank]
             fine = values > SMALL * values[0]
             layer.basis.copy_(torch.where(fine, vectors / values.clamp_min(1e-300).sqrt(), 0))
+            own = rows  # seen from before the last linear: through its weight
+            if layer.out_features != last.out_features:
+                own = rows @ last.dequantize(torch.float64).cpu()
+            directions = torch.linalg.svd(own, full_matrices=False)
             kept = (SMALL * directions.S[0] < directions.S).sum().clamp(max=layer.out_basis.shape[1])
             layer.out_basis[:, :kept] = directions.Vh[:kept].T.float()

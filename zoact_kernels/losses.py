@@ -35,6 +35,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from .fork import moves
 from .tail import Labels, few_words, opened
 
 Kind = Literal["classification", "completion", "sequence-classification"]
@@ -254,6 +255,12 @@ def _label_values(model: nn.Module, batch: Batch, groups: int, chunk_bytes: int)
     """`_token_values` of all n label rows, [groups, n] or [groups, n, C] fp32, the head fed chunk by chunk."""
     owner = _owner(model, batch, groups)
     head = owner.get_output_embeddings()
+    handle: Any = getattr(head, "perturbation", None)
+    if moves(head) and handle.active and handle.copies < handle.groups:
+        raise ValueError(
+            f"the head of {type(owner).__name__} is trained, and label rows reach it without their row groups; use "
+            "spread=False"
+        )
     tail = opened(model)
     if tail is None:
         return _rows_through_head(model, owner, head, batch, groups, chunk_bytes // _vocabulary(owner, head))

@@ -76,6 +76,11 @@ class Perturbation:
         """
         if row_group is not None:
             return self.sigmas[row_group : row_group + 1]
+        if x.shape[0] % self.groups and x.shape[0] % self.copies == 0 and self.copies < self.groups:
+            rows, queries = x.shape[0] // self.copies, self.groups // self.copies
+            raise ValueError(
+                f"layer {name!r} got {rows} rows of a copy of the batch; {queries} queries can't share them"
+            )
         if x.shape[0] % self.groups or (self.leading and x.shape[0] not in self.leading):
             allowed = " or ".join(map(str, self.leading)) if self.leading else f"a multiple of {self.groups}"
             raise ValueError(

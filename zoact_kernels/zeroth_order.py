@@ -295,6 +295,10 @@ class ZeroOrder:
         parts = list(evaluations)
         if not parts:
             raise ValueError("evaluations is empty; a step needs at least one batch")
+        if self.spread and len(parts) > 1:
+            raise ValueError(
+                f"spread deals a whole batch out to the queries; it is given in {len(parts)} micro-batches"
+            )
         self._prepare()
         with evaluating(self.model):
             shrunk = self._evaluate(parts, estimators.FLOOR_SHRINK, rows).cpu() if self._floor_is_due() else None

@@ -57,6 +57,8 @@ class ZOActTail(ZeroOrder):
         for name, value in (("layers", layers), ("rank", rank), ("outputs", outputs)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it has to be at least 1")
+        if others.get("fork") is False or others.get("prefix_cache"):
+            raise ValueError(f"{self.name} has a tail in place of a fork: fork and prefix_cache say nothing here")
         self.count, self.rank, self.outputs, self.tail_cache = layers, rank, outputs, tail_cache
         super().__init__(model, queries=queries, spread=spread, sigma=sigma, lr=lr, betas=betas, **others)
 

@@ -44,6 +44,8 @@ class Between(Trainable):
     def check(self) -> None:
         if self.layer.coeff is not self.coeff:
             raise RuntimeError(f"layer {self.name} got another coeff since; create the optimizer after setting bases")
+        if not self.left.is_inference() and not self.left._version:  # asked of the host: a look would wait
+            raise RuntimeError(f"layer {self.name} has bases of zeros, which learn nothing; call `prepare` first")
 
     def held(self) -> dict[str, Tensor]:
         return {"left": self.left}

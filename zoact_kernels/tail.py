@@ -43,6 +43,7 @@ from .fork import (
 from .layers import ZOLinear, base_product, perturbation_of
 
 HIDDEN, INPUT, BASE = "hidden states", "input", "base product"  # of the last block; of its first trained linear
+TOGETHER = 32  # sequences of one length computed at once, where that does not show
 CHECKED = 2.0**-12  # agreement asked for, relative: other lengths take other sums in torch's attention and norms
 
 
@@ -85,6 +86,7 @@ class Tail:
         self._kept: dict[str, int] = {}  # the parts of a kept row and their widths
         self._idle: set[str] = set()  # linears whose output is thrown away in the tail
         self._widths: dict[str, int] = {}
+        self._sociable = False  # whether a sequence among others of its length has the bits that it has alone
         self._tuples = False  # whether a block returns its hidden states in a tuple
         self._call: _Call | None = None
         self._labels: Labels | None = None
@@ -149,12 +151,7 @@ class Tail:
         if not self._checked:
             longest = max(range(len(lengths)), key=lengths.__getitem__)
             self._check(forward, ids[longest : longest + 1, : lengths[longest]])
-        tokens = ids.cpu().long().numpy()
-        rows = []
-        for s, p in zip(labels.sequences.tolist(), labels.positions.tolist(), strict=True):
-            key = tokens[s, : lengths[s]].tobytes() + p.to_bytes(8, "little")
-            rows.append(self._row(forward, key, ids[s, : lengths[s]][None], p))
-        kept = torch.stack(rows)
+        kept = self._look_up(forward, ids, lengths, labels)
         n, (S, T) = len(kept), ids.shape
         dealt, places = self._dealt(kept, labels.sequences, S, copies)
         output, states = self._rows(forward, ids, dealt, copies)
@@ -202,23 +199,40 @@ class Tail:
             self._call, self.handle.leading = None, leading
         return output, output[0] if isinstance(output, tuple) else output.last_hidden_state
 
-    def _row(self, forward: Callable[..., Any], key: bytes, ids: Tensor, position: int) -> Tensor:
-        """What is kept of one label row, [width], from the cache or computed for its sequence, int64 [1, t]."""
-        found = self.cache.get(key)
-        if found is not None:
-            return found
-        parts = self._record(forward, ids, position)
-        if {name: len(part) for name, part in parts.items()} != self._kept:
-            raise ValueError(
-                f"the linears of {self.name} ran otherwise for another sequence; a tail can't stand for it"
-            )
-        row = torch.cat(list(parts.values()))
-        self.cache.put(key, row)
-        return row
+    def _look_up(self, forward: Callable[..., Any], ids: Tensor, lengths: list[int], labels: Labels) -> Tensor:
+        """What is kept of every label row, [n, width], from the cache or computed for sequences of one length together.
 
-    def _record(self, forward: Callable[..., Any], ids: Tensor, position: int) -> dict[str, Tensor]:
-        """Rows of one label position of one sequence: HIDDEN, outputs of linears that are `_kept`, INPUT and BASE."""
-        call = self._call = _Call(position=position)
+        A sequence is computed without pads, and alone where that gives other bits than in company: so what a cache
+        holds does not depend on the batch that first asked, and a resumed run sees the same bits.
+        """
+        tokens = ids.cpu().long().numpy()
+        keys, missing = [], dict[int, dict[bytes, tuple[int, int]]]()
+        for s, p in zip(labels.sequences.tolist(), labels.positions.tolist(), strict=True):
+            key = tokens[s, : lengths[s]].tobytes() + p.to_bytes(8, "little")
+            keys.append(key)
+            if key not in self.cache.rows:
+                missing.setdefault(lengths[s], {})[key] = s, p
+        found = {key: row for key in dict.fromkeys(keys) if (row := self.cache.get(key)) is not None}
+        together = TOGETHER if self._sociable else 1
+        for length, places in missing.items():
+            for start in range(0, len(places), together):
+                some = dict(list(places.items())[start : start + together])
+                sequences, positions = (
+                    torch.tensor(part, device=ids.device) for part in zip(*some.values(), strict=True)
+                )
+                parts = self._record(forward, ids[sequences, :length], positions)
+                if {name: part.shape[1] for name, part in parts.items()} != self._kept:
+                    raise ValueError(
+                        f"the linears of {self.name} ran otherwise for another sequence; a tail can't stand for it"
+                    )
+                for key, row in zip(some, torch.cat(list(parts.values()), dim=1), strict=True):
+                    found[key] = row.clone()
+                    self.cache.put(key, found[key])
+        return torch.stack([found[key] for key in keys])
+
+    def _record(self, forward: Callable[..., Any], ids: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        """Rows [b, ...] at a position [b] of each sequence of ids [b, t]: HIDDEN, outputs that are kept, INPUT, BASE."""
+        call = self._call = _Call(positions=positions)
         active, self.handle.active = self.handle.active, False
         try:
             forward(input_ids=ids, attention_mask=torch.ones_like(ids), **_without_cache(self.body))
@@ -237,7 +251,7 @@ class Tail:
         call.inside = index == len(self.blocks) - 1
         if call.given is None:
             if call.inside:
-                call.kept[HIDDEN] = hidden_of(args, kwargs)[0, call.position].clone()
+                call.keep(HIDDEN, hidden_of(args, kwargs))
             output = forward(*args, **kwargs)
             self._tuples = isinstance(output, tuple)
             return output
@@ -256,13 +270,12 @@ class Tail:
             if not call.reached:
                 output = forward(x)
                 if name in self._kept or not self._checked:
-                    call.kept[name] = output.reshape(-1, output.shape[-1])[call.position].clone()
+                    call.keep(name, output)
                 self._widths[name] = output.shape[-1]
                 return output
-            row = x.reshape(-1, x.shape[-1])[call.position : call.position + 1]
-            call.kept[INPUT] = row[0].clone()
+            call.keep(INPUT, x)
             if isinstance(linear, ZOLinear):
-                call.kept[BASE] = base_product(linear, row, linear.bias)[0]
+                call.kept[BASE] = base_product(linear, call.kept[INPUT], linear.bias)
             raise Stop
         if not call.reached:
             if name in call.given:
@@ -288,14 +301,17 @@ class Tail:
         try:
             output = forward(input_ids=ids, attention_mask=torch.ones_like(ids), **_without_cache(self.body))
             wanted = (output[0] if isinstance(output, tuple) else output.last_hidden_state)[0][[0, -1]]
-            found = [self._record(forward, ids, p) for p in (0, ids.shape[1] - 1)]
-            self._kept = {name: len(part) for name, part in found[0].items()}
-            mine = self._rows(forward, ids, torch.stack([torch.cat(list(f.values())) for f in found]), 1)[1][:, 0]
+            ends = torch.tensor([0, ids.shape[1] - 1], device=ids.device)
+            found = self._record(forward, ids.expand(2, -1), ends)
+            self._kept = {name: part.shape[1] for name, part in found.items()}
+            mine = self._rows(forward, ids, torch.cat(list(found.values()), dim=1), 1)[1][:, 0]
             for name in [n for n in self._kept if n in self.linears]:
-                poisoned = [f | {name: torch.full_like(f[name], torch.nan)} for f in found]
-                rows = torch.stack([torch.cat(list(f.values())) for f in poisoned])
-                if torch.equal(self._rows(forward, ids, rows, 1)[1][:, 0], mine):
+                poisoned = found | {name: torch.full_like(found[name], torch.nan)}
+                if torch.equal(self._rows(forward, ids, torch.cat(list(poisoned.values()), dim=1), 1)[1][:, 0], mine):
                     self._idle.add(name)
+            alone = self._record(forward, ids, ends[1:])
+            many = self._record(forward, ids.expand(TOGETHER, -1), ends[1:].expand(TOGETHER))
+            self._sociable = all(torch.equal(part.expand_as(many[name]), many[name]) for name, part in alone.items())
         finally:
             self.handle.active = active
         error = float((mine - wanted).abs().max() / wanted.abs().max())
@@ -310,15 +326,23 @@ class Tail:
 
 
 class _Call:
-    """One call of the body: rows [n, ...] that it is given, `copies` times, or the label position whose rows it keeps.
+    """One call of the body: rows [n, ...] that it is given, `copies` times, or the label positions whose rows it keeps.
 
     inside: the last block is running. reached: so is its first trained linear, or it has been.
     """
 
-    def __init__(self, given: dict[str, Tensor] | None = None, copies: int = 1, position: int = 0) -> None:
-        self.given, self.copies, self.position = given, copies, position
+    def __init__(
+        self, given: dict[str, Tensor] | None = None, copies: int = 1, positions: Tensor | None = None
+    ) -> None:
+        self.given, self.copies, self.positions = given, copies, positions
         self.inside = self.reached = False
         self.kept: dict[str, Tensor] = {}
+
+    def keep(self, name: str, x: Tensor) -> None:
+        """Of x, a row for each token of the b sequences, those at the positions [b]."""
+        assert self.positions is not None
+        b = len(self.positions)
+        self.kept[name] = x.reshape(b, -1, x.shape[-1])[torch.arange(b, device=x.device), self.positions]
 
     def part(self, name: str) -> Tensor:
         """A kept part as sequences of one token, [copies n, 1, width]."""

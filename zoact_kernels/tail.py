@@ -43,7 +43,7 @@ from .fork import (
 from .layers import ZOLinear, base_product, perturbation_of
 
 HIDDEN, INPUT, BASE = "hidden states", "input", "base product"  # of the last block; of its first trained linear
-TOGETHER = 32  # sequences of one length computed at once, where that does not show
+TOGETHER = 1  # sequences of one length computed at once: at one length more may show no difference, at another they do
 CHECKED = 2.0**-12  # agreement asked for, relative: other lengths take other sums in torch's attention and norms
 
 

@@ -231,7 +231,7 @@ class Tail:
         return torch.stack([found[key] for key in keys])
 
     def _record(self, forward: Callable[..., Any], ids: Tensor, positions: Tensor) -> dict[str, Tensor]:
-        """Rows [b, ...] at a position [b] of each sequence of ids [b, t]: HIDDEN, outputs that are kept, INPUT, BASE."""
+        """Rows [b, ...] at a position [b] of each sequence of ids [b, t]: HIDDEN, outputs kept, INPUT, BASE."""
         call = self._call = _Call(positions=positions)
         active, self.handle.active = self.handle.active, False
         try:

@@ -19,15 +19,17 @@ from zoact_kernels.trainer import Recipe
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("files")
-    make_model_dir(folder / "model", layers=1)
+    make_model_dir(folder / "model", layers=2)  # a tail has blocks before it
     return {
         "model": str(folder / "model"),
-        "train": str(write_examples(folder / "train.csv", 24)),
+        "train": str(write_examples(folder / "train.csv", 64)),
         "eval": str(write_examples(folder / "eval.csv", 8, 24)),
     }
 
 
 def command(files: dict[str, str], out: Path, method: str, **changes: object) -> list[str]:
+    if method == "zo-act-tail":
+        changes = {"batch-size": 64, **changes}  # an example for every query
     given = options(files, out, method=method, lr=None, **changes)
     return [*given, "--dense"] if methods.METHODS[method].dense else given
 

@@ -300,6 +300,27 @@ def test_a_hit_is_a_miss_bit_for_bit(batch: str) -> None:
     assert torch.equal(first, step(other, given).losses)
 
 
+@pytest.mark.parametrize("where", ("", "*mlp.down_proj"))
+@pytest.mark.parametrize("asked", (2, 7, 13))
+def test_what_is_kept_does_not_depend_on_company(where: str, asked: int) -> None:
+    """Whatever length the question of company was asked for, a row has the bits that it has alone."""
+    for length in (1, 3, 8, 17):
+        many = words(*[length] * 11)
+        ids = many.input_ids.clone()
+        ids[:, :length] = torch.randint(3, V, (11, length), generator=torch.Generator().manual_seed(length))
+        many = replace(many, input_ids=ids)
+        for company in (2, 3, 5, 11):
+            optimizers = [method(fresh("llama", where), spread=False, queries=1) for _ in range(2)]
+            for optimizer in optimizers:
+                step(optimizer, words(asked))
+            together, alone = optimizers
+            step(together, many._part(0, company))
+            for i in range(company):
+                step(alone, many._part(i, i + 1))
+            mine, theirs = (optimizer.fork.cache.rows for optimizer in optimizers)
+            assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
 @pytest.mark.parametrize("size", (0, 1, 700, 2000))
 def test_a_cache_that_is_too_small(size: int) -> None:
     optimizer, wanted = method(fresh(), tail_cache=size), method(fresh())

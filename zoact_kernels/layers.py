@@ -469,7 +469,13 @@ def perturbation_of(model: nn.Module) -> Perturbation:
 
 def release(model: nn.Module) -> Perturbation:
     """No method perturbs anything but C of `model` any more; the handle of its layers, a new one where it has none."""
-    handle = perturbation_of(model) if _perturbable(model) else Perturbation()
+    held = [m.perturbation for m in _perturbable(model) if not m.perturbation.idle]
+    # Layers that were swapped since (a dense twin) have a handle of their own, and what `module.release` frees another
+    layers = {id(m.perturbation) for m in zo_layers(model).values()}
+    found = {id(handle): handle for handle in held if id(handle) in layers} or {id(handle): handle for handle in held}
+    if len(found) > 1:
+        raise ValueError("`model` has layers of several swapped models")
+    handle = next(iter(found.values()), None) or Perturbation()
     for module in model.modules():
         if isinstance(module, ZOLinear):
             module.perturbation = handle

@@ -43,7 +43,6 @@ from .fork import (
 from .layers import ZOLinear, base_product, perturbation_of
 
 HIDDEN, INPUT, BASE = "hidden states", "input", "base product"  # of the last block; of its first trained linear
-TOGETHER = 32  # sequences of one length computed at once, where that does not show
 CHECKED = 2.0**-12  # agreement asked for, relative: other lengths take other sums in torch's attention and norms
 
 
@@ -86,7 +85,6 @@ class Tail:
         self._kept: dict[str, int] = {}  # the parts of a kept row and their widths
         self._idle: set[str] = set()  # linears whose output is thrown away in the tail
         self._widths: dict[str, int] = {}
-        self._sociable = False  # whether a sequence among others of its length has the bits that it has alone
         self._tuples = False  # whether a block returns its hidden states in a tuple
         self._call: _Call | None = None
         self._labels: Labels | None = None
@@ -200,35 +198,25 @@ class Tail:
         return output, output[0] if isinstance(output, tuple) else output.last_hidden_state
 
     def _look_up(self, forward: Callable[..., Any], ids: Tensor, lengths: list[int], labels: Labels) -> Tensor:
-        """What is kept of every label row, [n, width], from the cache or computed for sequences of one length together.
+        """What is kept of every label row, [n, width], from the cache or computed for its sequence.
 
-        A sequence is computed without pads, and alone where that gives other bits than in company: so what a cache
-        holds does not depend on the batch that first asked, and a resumed run sees the same bits.
+        A sequence is computed alone and without pads, since torch's attention gives it other bits in company: so what a
+        cache holds does not depend on the batch that first asked, and a resumed run sees the same bits.
         """
-        tokens = ids.cpu().long().numpy()
-        keys, missing = [], dict[int, dict[bytes, tuple[int, int]]]()
+        tokens, rows = ids.cpu().long().numpy(), []
         for s, p in zip(labels.sequences.tolist(), labels.positions.tolist(), strict=True):
             key = tokens[s, : lengths[s]].tobytes() + p.to_bytes(8, "little")
-            keys.append(key)
-            if key not in self.cache.rows:
-                missing.setdefault(lengths[s], {})[key] = s, p
-        found = {key: row for key in dict.fromkeys(keys) if (row := self.cache.get(key)) is not None}
-        together = TOGETHER if self._sociable else 1
-        for length, places in missing.items():
-            for start in range(0, len(places), together):
-                some = dict(list(places.items())[start : start + together])
-                sequences, positions = (
-                    torch.tensor(part, device=ids.device) for part in zip(*some.values(), strict=True)
-                )
-                parts = self._record(forward, ids[sequences, :length], positions)
+            row = self.cache.get(key)
+            if row is None:
+                parts = self._record(forward, ids[s : s + 1, : lengths[s]], labels.positions.new_tensor([p]))
                 if {name: part.shape[1] for name, part in parts.items()} != self._kept:
                     raise ValueError(
                         f"the linears of {self.name} ran otherwise for another sequence; a tail can't stand for it"
                     )
-                for key, row in zip(some, torch.cat(list(parts.values()), dim=1), strict=True):
-                    found[key] = row.clone()
-                    self.cache.put(key, found[key])
-        return torch.stack([found[key] for key in keys])
+                row = torch.cat(list(parts.values()), dim=1)[0]
+                self.cache.put(key, row)
+            rows.append(row)
+        return torch.stack(rows)
 
     def _record(self, forward: Callable[..., Any], ids: Tensor, positions: Tensor) -> dict[str, Tensor]:
         """Rows [b, width] at a position [b] of each sequence of ids [b, t]: HIDDEN, kept linears, INPUT, BASE."""
@@ -309,9 +297,6 @@ class Tail:
                 poisoned = found | {name: torch.full_like(found[name], torch.nan)}
                 if torch.equal(self._rows(forward, ids, torch.cat(list(poisoned.values()), dim=1), 1)[1][:, 0], mine):
                     self._idle.add(name)
-            alone = self._record(forward, ids, ends[1:])
-            many = self._record(forward, ids.expand(TOGETHER, -1), ends[1:].expand(TOGETHER))
-            self._sociable = all(torch.equal(part.expand_as(many[name]), many[name]) for name, part in alone.items())
         finally:
             self.handle.active = active
         error = float((mine - wanted).abs().max() / wanted.abs().max())

@@ -172,7 +172,7 @@ def test_a_run(method, files, tmp_path: Path, capsys):
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     given = {"method": method, "lr": None, "dtype": "bfloat16", "eval": None}
     if method == "zo-act-tail":
-        given |= {"batch-size": 64}  # an example for every query
+        given |= {"batch-size": 64, "schedule": "constant"}  # an example for every query
     more = ["--dense"] if methods.METHODS[method].dense else []
     assert zoact(*options(files, whole, **given, steps=3), *more) == 0
     assert "unchanged" in capsys.readouterr().out
@@ -180,7 +180,8 @@ def test_a_run(method, files, tmp_path: Path, capsys):
     assert zoact("finetune", "--resume", "--out", str(parted), "--steps", "3") == 0
     assert steps_of(whole) == steps_of(parted)
     with RunLog.open(whole) as log, RunLog.open(parted) as other:
-        assert all(not row.skipped and math.isfinite(float(row.losses.sum())) for row in log.steps())
+        stays = method == "zo-conservative"  # where neither side is better
+        assert all((stays or not row.skipped) and math.isfinite(float(row.losses.sum())) for row in log.steps())
         first, last, again = (
             log.load(log.snapshots()[0]),
             log.load(log.snapshots()[-1]),

@@ -30,8 +30,8 @@ class ZOActTail(ZeroOrder):
     Raises ValueError for a model whose last block is not swapped or that can't be cut there.
     """
 
-    name, paper = "zo-act-tail", "of this package, after arXiv 2607.01125"
-    summary = "few numbers behind the last attention, many queries over activations that are computed once"
+    name, paper = "zo-act-tail", "arXiv 2607.01125"
+    summary = "of this package, after zo-act: few numbers behind the last attention, over activations computed once"
     basis = "answers"
     preparation = "computing what comes before the tail, once for every example, and bases from it"
     recipe: ClassVar[dict[str, Any]] = {

@@ -436,3 +436,13 @@ def test_without_prepare_nothing_could_be_learned() -> None:
 def test_what_is_of_a_fork_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="tail in place of a fork"):
         method(fresh(), **changes)
+
+
+def test_learned_coefficients_are_not_dropped():
+    """An adapter to go on from has C that this method's bases can't hold: refused, nothing changed."""
+    model = fresh()
+    layer = next(iter(zo_layers(model).values()))
+    layer.set_basis(torch.eye(layer.in_features, 2), torch.ones(layer.out_features, 2))
+    with pytest.raises(ValueError, match="has learned coefficients, which zo-act-tail would drop"):
+        method(model)
+    assert layer.coeff is not None and bool((layer.coeff == 1).all())

@@ -27,7 +27,7 @@ class ZOActTail(ZeroOrder):
     what of the output the losses can tell apart. S [Q, R], by Adam. Every query sees examples of its own.
 
     layers: how many linears, from the last. rank, outputs: R and Q. tail_cache: bytes of rows kept (see `tail`).
-    Raises ValueError for a model whose last block is not swapped or that can't be cut there.
+    Raises ValueError for a model whose last block is not swapped, that can't be cut there, or that has learned C.
     """
 
     name, paper = "zo-act-tail", "arXiv 2607.01125"
@@ -63,7 +63,9 @@ class ZOActTail(ZeroOrder):
         super().__init__(model, queries=queries, spread=spread, sigma=sigma, lr=lr, betas=betas, **others)
 
     def find(self, model: nn.Module, handle: Perturbation) -> list[Trainable]:
-        for layer in zo_layers(model).values():
+        for name, layer in zo_layers(model).items():
+            if layer.coeff is not None and bool(layer.coeff.detach().any()):
+                raise ValueError(f"{name} has learned coefficients, which {self.name} would drop; merge them first")
             layer.rank, layer.basis, layer.coeff, layer.out_basis = 0, None, None, None
         lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
         last = [layer for blocks in lists for layer in zo_layers(blocks[-1]).values()]

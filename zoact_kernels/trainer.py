@@ -393,7 +393,7 @@ def _begin(
             if getattr(getattr(model, "config", None), "use_cache", False):
                 inputs["use_cache"] = False
             batches.append(inputs)
-        with _head_on_last_token(model):
+        with head_on_last_token(model):
             report = compute_basis(
                 model,
                 batches,
@@ -415,7 +415,7 @@ def _begin(
 
 
 @contextlib.contextmanager
-def _head_on_last_token(model: Any) -> Iterator[None]:
+def head_on_last_token(model: Any) -> Iterator[None]:
     """A basis needs no logits; the head then sees one token a sequence, and [B, T, V] never exists."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:

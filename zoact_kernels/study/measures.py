@@ -24,9 +24,9 @@ from ..basis import compute_basis
 from ..layers import perturbed, zo_layers
 from ..losses import Batch, group_losses
 from ..trainables.factors import fill_normal
-from ..trainer import Recipe
+from ..trainer import Recipe, head_on_last_token
 from .first_order import FirstOrder
-from .settings import Setting, give_basis, head_on_last_token, load, plain
+from .settings import Setting, give_basis, load, plain
 from .statistics import expected_cosine
 
 MODEL, TASK = "dense", "trec"

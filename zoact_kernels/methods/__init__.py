@@ -17,6 +17,7 @@
     mezo-lora, mezo-prefix   both factors of a LoRA; keys and values of a prefix        arXiv 2305.17333
     p-rge    B of a LoRA whose A is random and fixed, several queries in one forward    arXiv 2409.15520
     agzo     Z A^T, A of the inputs of each step's own clean forward, SGD               arXiv 2601.17261
+    hi-zfo, hi-zfo-dense   ZO-Act, or MeZO, and gradients for the blocks that matter     arXiv 2601.05501
 
 Defaults are the published ones where there are any; they stand in the signature of `__init__`, the rest is ZeroOrder's.
 """
@@ -32,6 +33,7 @@ from ..zeroth_order import MODES, RECENT, Evaluation, LoggedStep, StepResult, Ze
 from .activation import AGZO, ZOAct, ZOActOneSided
 from .blocks import MeZOBCD, ZOActBCD, ZOModuleWise
 from .dense import FZOO, MeZO, SparseMeZO, ZOAdam, ZOConservative, ZOMomentum, ZOSign, ZOSparse
+from .hybrid import HiZFO, HiZFODense
 from .learned import ZOFinetuner
 from .lora import PRGE, MeZOLoRA, MeZOPrefix
 from .low_rank import LOZO, LOZOM, SubZero
@@ -86,6 +88,8 @@ METHODS: dict[str, type[ZeroOrder]] = {
         ZOActGV,
         ZOActGreedy,
         ZOActTail,
+        HiZFO,
+        HiZFODense,
     )
 }
 

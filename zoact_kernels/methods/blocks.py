@@ -83,7 +83,7 @@ class InParts(ZeroOrder):
         self.stack_name, self.parts = parts_of(trainables, self.level)
         self._live, self._idle = perturbation_of(self.model), Perturbation()
         self._idle.idle = True
-        self._owners = [{owner for t in part.trainables for owner in _owners(t)} for part in self.parts]
+        self._owners = [{owner for t in part.trainables for owner in owners_of(t)} for part in self.parts]
         known: set[nn.Module] = set()
         for part, owners in zip(self.parts, self._owners, strict=True):
             if owners & known:
@@ -203,5 +203,6 @@ class ZOModuleWise(InParts, MeZO):
         return sum(each) / len(each)
 
 
-def _owners(trainable: Any) -> list[nn.Module]:
+def owners_of(trainable: Any) -> list[nn.Module]:
+    """The modules that read a trainable's value."""
     return [owner for owner, _ in trainable.sites] if hasattr(trainable, "sites") else [trainable.layer]

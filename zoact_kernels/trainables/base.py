@@ -30,6 +30,11 @@ class Trainable:
     along: Tensor | None = None
     basis_shape: tuple[int, int] | None = None
 
+    @property
+    def leaf(self) -> Tensor:
+        """What the model computes with, to ask for a gradient: `value`, or the tensor that it is a view of."""
+        return self.value
+
     def check(self) -> None:
         """Raises RuntimeError if the model does not use `value` any more."""
 

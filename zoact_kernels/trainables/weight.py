@@ -50,10 +50,14 @@ class Weight(Trainable):
         for key, tensor in mine.items():
             tensor.copy_(held[key])
 
-    def _current(self) -> Tensor:
+    @property
+    def leaf(self) -> Tensor:
         tensor = getattr(self.owner, self.key)
         assert isinstance(tensor, Tensor)
-        return tensor.detach()
+        return tensor
+
+    def _current(self) -> Tensor:
+        return self.leaf.detach()
 
     def check(self) -> None:
         if self._current().data_ptr() != self.value.data_ptr():

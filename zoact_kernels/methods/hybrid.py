@@ -1,0 +1,366 @@
+"""Blocks that matter most by gradients, all others along noise, in one step.
+
+    importance of a block    I = sum |g * Delta|, g its gradient on a first batch, Delta what its rule makes of g
+    first-order half F       blocks of the largest sum of I, their gradients within `budget` of what all blocks' cost
+    a step at theta          f+, f-  with noise on the other half Z alone, nothing kept for gradients
+                             g = grad_F f(theta), from a clean forward of its own
+                             then Z <- rule(Z, d z) and F <- first_order(F, g)
+
+The graph of g begins at the first block of F: before it nothing asks for a gradient, so activations are kept of what
+comes after it alone, for one clean copy of the batch. Cost: a clean forward beside the 2 queries of the probes, and the
+backward through F, at most 2 budget forwards. The order of evaluation says nothing: both halves move at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import estimators, first_order, optim, rng
+from ..activations import evaluating
+from ..fork import Fork, fork_of, running
+from ..layers import Perturbation, perturbation_of
+from ..tail import Tail
+from ..trainables import Trainable
+from ..zeroth_order import Evaluation, ZeroOrder
+from .activation import ZOAct
+from .blocks import owners_of, parts_of
+from .dense import MeZO
+
+
+class Halves(optim.Turns):
+    """The rule of Z and that of F, each where it has something to move; every step moves both."""
+
+    def __init__(self, zeroth: optim.SGD | None, first: first_order.SGD | None) -> None:
+        self.zeroth, self.first = zeroth, first
+        rules: list[Any] = [rule for rule in (zeroth, first) if rule is not None]
+        super().__init__(rules)
+        self.turn = list(range(len(rules)))
+
+    def launch(self, seeds: Tensor, weights: Tensor) -> None:
+        for rule in self.rules:
+            rule.launch(seeds, weights)
+
+
+class _Hybrid(ZeroOrder):
+    """What both have in common: Z and F of one model, divided by blocks.
+
+    With any block in F, F has what stands behind all of them too (a last norm, a head that is not tied); with every
+    block, what stands before them. A tensor or module that Z has as well is Z's. `prepare` divides by the profile,
+    `divide` by hand; one of them comes before the first step.
+
+    budget: share of the cost of all blocks' gradients that F may have: 0 is the zeroth-order method to the bit, 1
+        first-order training; between them F has one block at least. Neither it nor a rule is known to be the
+        published one: only the abstract was read.
+    first_order: sgd, adam, adamw or sumo (see `first_order`), with the betas, eps and weight_decay of the other half;
+        sumo_rank, sumo_period: of sumo. first_lr: its learning rate, on the same schedule.
+    The parts of a batch add up to its mean gradient, within rounding. Bits are the same for the same threads, as far as
+    torch's own backwards promise that: they do on CPUs.
+    """
+
+    replayable = False  # gradients are in no log
+    one_graph = False  # the host asks whether they are finite
+    preparation = "profiling the blocks by the gradients of one batch"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        budget: float = 0.25,
+        first_order: str = "adam",
+        first_lr: float = 1e-3,
+        sumo_rank: int = 8,
+        sumo_period: int = 200,
+        **others: Any,
+    ) -> None:
+        if not 0 <= budget <= 1:
+            raise ValueError(f"budget is {budget}; a share of the cost of all gradients lies in [0, 1]")
+        if not first_lr >= 0:
+            raise ValueError(f"first_lr is {first_lr}; it may not be negative")
+        self.budget, self.first_lr = budget, first_lr
+        self._first_rule = first_order, sumo_rank, sumo_period
+        self._divided = False
+        self._trouble = ""  # why the gradients of the step at hand are no use
+        super().__init__(model, **others)
+
+    # --- the halves ---------------------------------------------------------------------------------------------------
+
+    def make_rule(self, optimizer: str, trainables: Sequence[Trainable], **arguments: Any) -> Any:
+        kind, rank, period = self._first_rule
+        if kind not in first_order.RULES:
+            raise ValueError(f"first_order is {kind!r}; it may be {', '.join(first_order.RULES)}")
+        self.stack_name, parts = parts_of(trainables)
+        self.blocks = {part.block: part.trainables for part in parts if part.block is not None}
+        self.blocks = dict(sorted(self.blocks.items()))
+        self._live, self._idle = perturbation_of(self.model), Perturbation()
+        self._idle.idle = True
+        self._zeroth: Any = functools.partial(super().make_rule, optimizer, **arguments)
+        told: dict[str, Any] = {key: value for key, value in arguments.items() if key != "noise"}
+        sumo: dict[str, Any] = {"rank": rank, "period": period} if kind == "sumo" else {}
+        rule: Any = first_order.RULES[kind]
+        self._first: Any = functools.partial(rule, **told, **sumo)
+        self._first({}, torch.zeros(0))  # for what it refuses
+        self.importance = torch.zeros(len(self.blocks), dtype=torch.float64)  # of each trained block
+        self.of_first = torch.zeros(len(self.blocks), dtype=torch.bool)  # which of them are F
+        return self._rule_of(set())
+
+    def divide(self, blocks: Collection[int]) -> None:
+        """From now on F has these blocks, by number. Moments begin anew. Raises ValueError for blocks not trained."""
+        if unknown := set(blocks) - self.blocks.keys():
+            raise ValueError(f"block {min(unknown)} of {self.stack_name} has nothing to train")
+        rule = self._rule_of(set(blocks))  # which may refuse
+        self.of_first.copy_(torch.tensor([block in blocks for block in self.blocks]))
+        for trainable in self.trainables.values():
+            for owner in owners_of(trainable):
+                moves = rule.first is None or trainable.name not in rule.first.coeffs
+                owner.perturbation = self._live if moves else self._idle  # type: ignore[assignment]
+        self.rule, self._divided = rule, True
+        self.__dict__.pop("fork", None)  # another first perturbed block
+
+    def _rule_of(self, blocks: set[int]) -> Halves:
+        names, trainables = list(self.trainables), list(self.trainables.values())
+        inner = {t.name for own in self.blocks.values() for t in own}
+        chosen = {t.name for block in blocks for t in self.blocks[block]}
+        places = [i for i, name in enumerate(names) if name in inner]
+        if blocks:
+            chosen.update(names[max(places) + 1 :])
+        if blocks == self.blocks.keys():
+            chosen.update(names)
+        while True:
+            taken = {owner for t in trainables if t.name not in chosen for owner in owners_of(t)}
+            shared = {t.name for t in trainables if t.name in chosen and not taken.isdisjoint(owners_of(t))}
+            if not shared:
+                break
+            chosen -= shared
+        zeroth = [t for t in trainables if t.name not in chosen]
+        first = [t for t in trainables if t.name in chosen]
+        return Halves(self._zeroth(zeroth) if zeroth else None, self._gradient_rule(first) if first else None)
+
+    def _gradient_rule(self, trainables: Sequence[Trainable]) -> first_order.SGD:
+        if self._first_rule[0] == "sumo" and all(1 in t.value.shape for t in trainables):
+            raise ValueError(
+                "sumo finds no matrix to move, only what has one row or one column: coefficients of rank 1, say; give "
+                "them a higher rank, or take adam"
+            )
+        return self._first(
+            {t.name: t.value for t in trainables},
+            torch.cat([t.param_id for t in trainables]),
+            undecayed=[t.name for t in trainables if not t.decays],
+        )
+
+    def prepare(self, batches: Iterable[Any], evaluate: Callable[[Any], Tensor]) -> None:
+        """Divide by the gradients of the first batch. One block's graph is kept at a time, and no gradient."""
+        if self.budget in (0, 1):
+            self.divide(self.blocks.keys() if self.budget else ())
+            return
+        self._profile(evaluate, next(iter(batches)))
+        if not bool(self.importance.isfinite().all()):
+            raise ValueError("the gradients of the first batch are not finite, so no block can be chosen by them")
+        through = [sum(map(_products, module.modules())) for module in self._block_modules()]
+        own = {block: sum(t.value.numel() for t in trained) for block, trained in self.blocks.items()}
+        worth = dict(zip(self.blocks, self.importance.tolist(), strict=True))
+        first = choose(worth, own, through, self.budget)
+        self.divide(first)
+        share = sum(worth[block] for block in first) / (sum(worth.values()) or 1)
+        told = ", ".join(map(str, first))
+        self.note = f"first-order: block{'s' * (len(first) > 1)} {told} with {share:.0%} of the importance"
+
+    def _block_modules(self) -> list[nn.Module]:
+        """All blocks, those without anything to train too."""
+        return list(
+            next(m for n, m in self.model.named_modules() if rng.strip_prefixes(n) == self.stack_name).children()
+        )
+
+    def _profile(self, evaluate: Callable[[Any], Tensor], batch: Any) -> None:
+        self.importance.zero_()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(evaluating(self.model))
+            for module in self._block_modules():
+                stack.enter_context(running(module, _recomputed))
+            every = [t for trained in self.blocks.values() for t in trained]
+            stack.enter_context(differentiable(self.model, [t.leaf for t in every]))
+            for index, trained in enumerate(self.blocks.values()):
+                for trainable in trained:
+                    weigh = functools.partial(self._weigh, index, trainable)
+                    stack.callback(trainable.leaf.register_post_accumulate_grad_hook(weigh).remove)
+            with_graph(evaluate, batch).mean().backward()
+
+    @torch.no_grad()
+    def _weigh(self, index: int, trainable: Trainable, leaf: Tensor) -> None:
+        """Add |g * Delta| of one tensor to its block's, and drop g; Delta is that of lr 1."""
+        assert leaf.grad is not None
+        g, leaf.grad = leaf.grad.view(trainable.value.shape).float(), None
+        moved = torch.zeros_like(g)
+        rule = self._first({"": moved}, trainable.param_id)
+        rule.prepare(1.0)
+        rule.move(moved, g, rule.moments[""])
+        self.importance[index] += float((g * moved).abs().sum(dtype=torch.float64))
+
+    @functools.cached_property
+    def fork(self) -> Fork | Tail | None:
+        found = fork_of(self.model, self._fork_wanted, self._prefix_cache)
+        first = [block for block, chosen in zip(self.blocks, self.of_first, strict=True) if chosen]
+        if found is None or not first or first[0] >= found.first:
+            return found
+        if self._fork_wanted or self._prefix_cache:
+            raise ValueError(
+                f"block {first[0]} is trained by gradients and stands before block {found.first}, where row groups "
+                "would part: no gradient goes back through a fork"
+            )
+        return None
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if not self._divided:
+            raise RuntimeError(f"which blocks {self.name} trains by gradients is not known yet; call `prepare` first")
+        super()._check()
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        if self.rule.first is not None:
+            known: dict[str, Any] = {"schedule": self.schedule, "steps": self.steps, "warmup": self.warmup}
+            self.rule.first.prepare(optim.learning_rate(self.iteration, lr=self.first_lr, **known))
+
+    def _on_device(self, parts: Sequence[Evaluation], rows: tuple[int, ...], dry: bool = False) -> Tensor:
+        first, self._trouble = self.rule.first, ""
+        if self.rule.zeroth is not None:
+            losses, weights = self._estimate(parts, rows)
+            self._take(losses, weights, dry)
+        if first is not None:
+            clean = self._gradients(first, parts)
+            if self.rule.zeroth is None:
+                losses = clean.expand(self.groups, -1)
+                self._weights.zero_()
+                self.rule.skip.fill_(dry)
+            if self._trouble:
+                self.rule.skip.fill_(True)
+        self.rule.launch(self._seeds, self._weights)
+        self._settle()
+        return losses
+
+    def _gradients(self, rule: first_order.SGD, parts: Sequence[Evaluation]) -> Tensor:
+        """Give `rule` the gradient of the mean loss at theta; the losses [1, B] float64, clean."""
+        trainables = [self.trainables[name] for name in rule.coeffs]
+        leaves = [t.leaf for t in trainables]
+        mean: list[Tensor] = []
+        seen: list[Tensor] = []
+        for part in parts:
+            with differentiable(self.model, leaves), self.forking():
+                losses = with_graph(part, 1)
+                found = [g.float() for g in torch.autograd.grad(losses.mean(), leaves, materialize_grads=True)]
+            seen.append(losses.detach())
+            share = losses.numel() / sum(map(Tensor.numel, seen))
+            mean = [before.lerp(g, share) for before, g in zip(mean, found, strict=True)] if mean else found
+        clean = torch.cat(seen)[None]
+        lost = [t.name for t, g in zip(trainables, mean, strict=True) if not bool(g.isfinite().all())]
+        if not bool(clean.isfinite().all()):
+            self._trouble = f"{int((~clean.isfinite()).sum())} of {clean.numel()} clean losses are not finite"
+        elif lost:
+            self._trouble = f"the gradient of {lost[0]} is not finite"
+        rule.gradients = {t.name: g.view(t.value.shape) for t, g in zip(trainables, mean, strict=True)}
+        return clean
+
+    def _floor_is_due(self) -> bool:
+        return self.rule.zeroth is not None and super()._floor_is_due()
+
+    def _reason(self, losses: Tensor, weights: Tensor) -> str:
+        return self._trouble if losses.isfinite().all() and self._trouble else super()._reason(losses, weights)
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def own_state(self) -> dict[str, Tensor]:
+        return {"importance": self.importance, "of_first": self.of_first}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        given, before = state.get("method/of_first"), (self.rule, self.of_first.clone(), self._divided)
+        if given is not None and given.shape == self.of_first.shape:
+            self.divide([block for block, chosen in zip(self.blocks, given, strict=True) if chosen])
+        try:
+            super().load_state_dict(state)
+        except ValueError:
+            self.divide([block for block, chosen in zip(self.blocks, before[1], strict=True) if chosen])
+            self.rule, _, self._divided = before
+            raise
+
+
+class HiZFO(_Hybrid, ZOAct):
+    """Both halves over C of the activation basis: ZO-Act, and Adam on gradients of C, beside weights of any format."""
+
+    name, paper = "hi-zfo", "arXiv 2601.05501"
+    summary = "coefficients: of the blocks that matter by gradients, of the others along noise"
+
+
+class HiZFODense(_Hybrid, MeZO):
+    """Both halves over the weights themselves: MeZO, and Adam on gradients, as published."""
+
+    name, paper = "hi-zfo-dense", "arXiv 2601.05501"
+    summary = "all weights: of the blocks that matter by gradients, of the others along noise"
+
+    def __init__(self, model: nn.Module, *, first_lr: float = 1e-5, **others: Any) -> None:
+        super().__init__(model, first_lr=first_lr, **others)
+
+
+def choose(importance: Mapping[int, float], own: Mapping[int, int], through: Sequence[int], budget: float) -> list[int]:
+    """The blocks of the largest importance within a budget, ascending; of equals those nearer to the end.
+
+    A gradient of block b goes back through every block behind it. importance, own: of the blocks that may be chosen;
+    own: products that the gradient of its values takes, per token. through [blocks]: those of passing a gradient on.
+    budget: of what all of them cost together. The last one is chosen in any case.
+    Blocks behind a given first one are taken by importance, which is best where they have one size.
+    """
+    candidates = sorted(importance, reverse=True)
+    whole = sum(through[candidates[-1] :]) + sum(own.values())
+    best, worth = [candidates[0]], -1.0
+    for start in candidates:
+        left = budget * whole - sum(through[start:])
+        taken = []
+        for block in sorted((b for b in candidates if b >= start), key=lambda b: (-importance[b], -b)):
+            if own[block] <= left:
+                taken.append(block)
+                left -= own[block]
+        if (value := sum(importance[block] for block in taken)) > worth and taken:
+            best, worth = taken, value
+    return sorted(best)
+
+
+def _products(module: nn.Module) -> int:
+    """Of a linear layer, per token."""
+    return int(getattr(module, "out_features", 0)) * int(getattr(module, "in_features", 0))
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+@contextlib.contextmanager
+def differentiable(model: nn.Module, leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Inside the block a graph is made, and gradients go back to `leaves` and to nothing else of the model."""
+    before = {tensor: tensor.requires_grad for tensor in (*model.parameters(), *leaves)}
+    try:
+        for tensor in before:
+            tensor.requires_grad_(False)
+        for leaf in leaves:
+            leaf.requires_grad_()
+        with torch.enable_grad():
+            yield
+    finally:
+        for tensor, wanted in before.items():
+            tensor.requires_grad_(wanted)
+
+
+def with_graph(evaluate: Callable[..., Tensor], given: Any) -> Tensor:
+    """evaluate(given) with its graph, losses [B] float64; it is asked for that where it takes `grad`."""
+    asked = {"grad": True} if "grad" in inspect.signature(evaluate).parameters else {}
+    losses = evaluate(given, **asked).reshape(-1)
+    estimators.per_example(losses, 1)  # for what it refuses
+    if not losses.requires_grad:
+        raise ValueError("the losses carry no graph: they were detached, or do not depend on what is trained")
+    return losses.double()

@@ -10,6 +10,7 @@ and what `trainer` and `runlog` write. `finetune` is the command of that name; e
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -350,7 +351,7 @@ def compare_costs(optimizer: ZeroOrder, batch: Batch, repeats: int = 9) -> Costs
             group_losses(model, batch, copies).cpu()  # waits for a GPU, as a step does
 
     def step() -> None:
-        optimizer.step_on([lambda count: group_losses(model, batch, count)])
+        optimizer.step_on([functools.partial(group_losses, model, batch)])
 
     try:
         peaks: list[int | None] = []

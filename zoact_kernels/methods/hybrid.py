@@ -34,6 +34,8 @@ from .activation import ZOAct
 from .blocks import owners_of, parts_of
 from .dense import MeZO
 
+GAPS = 1.25  # how much more a set with gaps has to be worth than a suffix, whose graph is shorter
+
 
 class Halves(optim.Turns):
     """The rule of Z and that of F, each where it has something to move; every step moves both."""
@@ -160,7 +162,7 @@ class _Hybrid(ZeroOrder):
         if self.budget in (0, 1):
             self.divide(self.blocks.keys() if self.budget else ())
             return
-        self._profile(evaluate, next(iter(batches)))
+        self._profile(evaluate, next(iter(batches)).to(self.device))
         if not bool(self.importance.isfinite().all()):
             raise ValueError("the gradients of the first batch are not finite, so no block can be chosen by them")
         through = [sum(map(_products, module.modules())) for module in self._block_modules()]
@@ -174,9 +176,8 @@ class _Hybrid(ZeroOrder):
 
     def _block_modules(self) -> list[nn.Module]:
         """All blocks, those without anything to train too."""
-        return list(
-            next(m for n, m in self.model.named_modules() if rng.strip_prefixes(n) == self.stack_name).children()
-        )
+        modules = self.model.named_modules()
+        return list(next(m for name, m in modules if rng.strip_prefixes(name) == self.stack_name).children())
 
     def _profile(self, evaluate: Callable[[Any], Tensor], batch: Any) -> None:
         self.importance.zero_()
@@ -309,26 +310,35 @@ class HiZFODense(_Hybrid, MeZO):
 
 
 def choose(importance: Mapping[int, float], own: Mapping[int, int], through: Sequence[int], budget: float) -> list[int]:
-    """The blocks of the largest importance within a budget, ascending; of equals those nearer to the end.
+    """The blocks of the largest importance within a budget, ascending.
 
-    A gradient of block b goes back through every block behind it. importance, own: of the blocks that may be chosen;
-    own: products that the gradient of its values takes, per token. through [blocks]: those of passing a gradient on.
-    budget: of what all of them cost together. The last one is chosen in any case.
+    A gradient of block b goes back through every block behind it, so its graph begins there: the longest suffix within
+    the budget is taken unless a set with gaps is worth GAPS times as much. The last block is taken in any case.
+    importance, own: of the blocks that may be chosen; own: products that the gradient of its values takes, per token.
+    through [blocks]: those of passing a gradient on. budget: of what all of them cost together.
     Blocks behind a given first one are taken by importance, which is best where they have one size.
     """
     candidates = sorted(importance, reverse=True)
     whole = sum(through[candidates[-1] :]) + sum(own.values())
-    best, worth = [candidates[0]], -1.0
-    for start in candidates:
-        left = budget * whole - sum(through[start:])
-        taken = []
-        for block in sorted((b for b in candidates if b >= start), key=lambda b: (-importance[b], -b)):
+
+    def within(order: Iterable[int], start: int) -> list[int]:
+        left, taken = budget * whole - sum(through[start:]), []
+        for block in order:
             if own[block] <= left:
                 taken.append(block)
                 left -= own[block]
-        if (value := sum(importance[block] for block in taken)) > worth and taken:
-            best, worth = taken, value
-    return sorted(best)
+        return taken
+
+    def worth(blocks: Iterable[int]) -> float:
+        return sum(importance[block] for block in blocks)
+
+    suffix, best = candidates[:1], []
+    for count, start in enumerate(candidates, 1):
+        behind = candidates[:count]
+        if within(behind, start) == behind:
+            suffix = behind
+        best = max(best, within(sorted(behind, key=lambda b: -importance[b]), start), key=worth)
+    return sorted(best if worth(best) > GAPS * worth(suffix) else suffix)
 
 
 def _products(module: nn.Module) -> int:

@@ -332,7 +332,7 @@ def choose(importance: Mapping[int, float], own: Mapping[int, int], through: Seq
     def worth(blocks: Iterable[int]) -> float:
         return sum(importance[block] for block in blocks)
 
-    suffix, best = candidates[:1], []
+    suffix = best = candidates[:1]
     for count, start in enumerate(candidates, 1):
         behind = candidates[:count]
         if within(behind, start) == behind:

@@ -338,7 +338,7 @@ def test_the_importance_of_a_block(preset: str, rule: str) -> None:
     through = sum(layer.in_features * layer.out_features for layer in zo_layers(module).values())
     size = sum(t.value.numel() for t in optimizer.blocks[0])
     wanted = choose(worth, dict.fromkeys(range(3), size), [through] * 3, 0.5)
-    assert optimizer.of_first.nonzero().flatten().tolist() == wanted and same(trained(optimizer), before)
+    assert optimizer.first_blocks == wanted and same(trained(optimizer), before)
     (result,) = run(optimizer, 1)
     assert result.note.startswith(f"first-order: block{'s' * (len(wanted) > 1)} {', '.join(map(str, wanted))} with ")
 

@@ -37,13 +37,13 @@ def test_resume_after_every_step(preset: str, rule: str) -> None:
     optimizer = make(preset, budget=0.5, schedule="cosine", steps=6, **more)
     optimizer.prepare([ids()], lambda x: evaluation(optimizer.model, x)(1))
     states, results = [optimizer.state_dict()], []
-    for _ in range(5):
+    for _ in range(4):
         results += run(optimizer, 1)
         states.append(optimizer.state_dict())
     for k, state in enumerate(states[:-1]):
         resumed = make(preset, budget=0.5, schedule="cosine", steps=6, **more)
         resumed.load_state_dict(state)
-        for a, b in zip(run(resumed, 5 - k), results[k:], strict=True):
+        for a, b in zip(run(resumed, 4 - k), results[k:], strict=True):
             assert torch.equal(a.losses, b.losses) and torch.equal(a.weights, b.weights) and a.lr == b.lr
         assert same(resumed.state_dict(), states[-1]), k
     assert not same(whole(optimizer), states[-2])
@@ -93,7 +93,7 @@ def test_options_from_the_command_line(dense: bool, tmp_path: Path, capsys: pyte
     with RunLog.open(tmp_path / "run") as log:
         assert log.meta["recipe"]["options"]["first_order"] == "sumo" and not any(row.skipped for row in log.steps())
         first, last = (log.load(row) for row in (log.snapshots()[0], log.snapshots()[-1]))
-    assert last["method/of_first"].tolist() == [False, True] and any(key.startswith("rule/1/subspace") for key in last)
+    assert any(key.startswith("rule/1/subspace") and ".layers.1." in key for key in last)
     moved = {key for key in last if key.startswith("coeff/") and not torch.equal(first[key], last[key])}
     assert {key.split(".layers.")[1][0] for key in moved if ".layers." in key} == {"0", "1"}
     assert zoact("replay", str(tmp_path / "run")) == 2 and "need more than the seeds" in capsys.readouterr().err

@@ -1,14 +1,17 @@
 """Blocks that matter most by gradients, all others along noise, in one step.
 
-    importance of a block    I = sum |g * Delta|, g its gradient on a first batch, Delta what its rule makes of g
-    first-order half F       blocks of the largest sum of I, their gradients within `budget` of what all blocks' cost
-    a step at theta          f+, f-  with noise on the other half Z alone, nothing kept for gradients
-                             g = grad_F f(theta), from a clean forward of its own
-                             then Z <- rule(Z, d z) and F <- first_order(F, g)
+    importance of a block    I = sum |g * Delta|, g its gradient on the first batch, Delta what the rule makes of g
+    first-order half F       the blocks that `choose` finds: much I, little cost, a suffix if it can be
+    zeroth-order half Z      all others
+    a step at theta          f+, f-  with noise on Z alone, and no graph;  d = (f+ - f-) / (2 sigma)
+                             g = grad_F f(theta), of a clean forward
+                             Z <- rule(Z, d z) and F <- first_order(F, g), both after all evaluations
 
-The graph of g begins at the first block of F: before it nothing asks for a gradient, so activations are kept of what
-comes after it alone, for one clean copy of the batch. Cost: a clean forward beside the 2 queries of the probes, and the
-backward through F, at most 2 budget forwards. The order of evaluation says nothing: both halves move at the end.
+The graph of g begins at the first block of F: before it nothing asks for a gradient. So activations are kept of what
+comes after it alone, and of one clean copy of the batch, however many row groups the probes have. The clean forward is
+one of its own: as many rows as a clean group among the others, but weights are read once more. With a fork they share
+what is before it. A step is 2 queries + 1 forwards and a backward of at most 2 budget forwards: of 16 sequences through
+an encoder of 6 blocks, F being one, 53.3 where MeZO's is 32.
 """
 
 from __future__ import annotations
@@ -59,12 +62,13 @@ class _Hybrid(ZeroOrder):
     `divide` by hand; one of them comes before the first step.
 
     budget: share of the cost of all blocks' gradients that F may have: 0 is the zeroth-order method to the bit, 1
-        first-order training; between them F has one block at least. Neither it nor a rule is known to be the
-        published one: only the abstract was read.
+        first-order training; between them F has one block at least.
     first_order: sgd, adam, adamw or sumo (see `first_order`), with the betas, eps and weight_decay of the other half;
         sumo_rank, sumo_period: of sumo. first_lr: its learning rate, on the same schedule.
-    The parts of a batch add up to its mean gradient, within rounding. Bits are the same for the same threads, as far as
-    torch's own backwards promise that: they do on CPUs.
+    Of the paper only the abstract was read: score, share, rules and rates are ours.
+
+    The parts of a batch add up to its mean gradient, within rounding. A step is the same bits again with the same back
+    end and threads, as far as torch's own backwards are: on CPUs they are.
     """
 
     replayable = False  # gradients are in no log
@@ -110,40 +114,50 @@ class _Hybrid(ZeroOrder):
         self._first: Any = functools.partial(rule, **told, **sumo)
         self._first({}, torch.zeros(0))  # for what it refuses
         self.importance = torch.zeros(len(self.blocks), dtype=torch.float64)  # of each trained block
-        self.of_first = torch.zeros(len(self.blocks), dtype=torch.bool)  # which of them are F
+        self.of_first = torch.zeros(len(trainables), dtype=torch.bool)  # which trainables are F
         return self._rule_of(set())
 
     def divide(self, blocks: Collection[int]) -> None:
         """From now on F has these blocks, by number. Moments begin anew. Raises ValueError for blocks not trained."""
         if unknown := set(blocks) - self.blocks.keys():
             raise ValueError(f"block {min(unknown)} of {self.stack_name} has nothing to train")
-        rule = self._rule_of(set(blocks))  # which may refuse
-        self.of_first.copy_(torch.tensor([block in blocks for block in self.blocks]))
-        for trainable in self.trainables.values():
+        names = list(self.trainables)
+        inner = {t.name for own in self.blocks.values() for t in own}
+        chosen = {t.name for block in blocks for t in self.blocks[block]}
+        if blocks:
+            chosen.update(names[max(i for i, name in enumerate(names) if name in inner) + 1 :])
+        if set(blocks) == self.blocks.keys():
+            chosen.update(names)
+        while shared := self._shared(chosen):
+            chosen -= shared
+        self._part(chosen)
+
+    def _shared(self, chosen: set[str]) -> set[str]:
+        """What of `chosen` is in a module that something else is in too."""
+        owners = {name: set(owners_of(t)) for name, t in self.trainables.items()}
+        others = set().union(*(own for name, own in owners.items() if name not in chosen))
+        return {name for name in chosen if owners[name] & others}
+
+    def _part(self, chosen: set[str]) -> None:
+        """Make F of the trainables of these names, or raise ValueError with nothing changed."""
+        rule = self._rule_of(chosen)
+        self.of_first.copy_(torch.tensor([name in chosen for name in self.trainables]))
+        for name, trainable in self.trainables.items():
             for owner in owners_of(trainable):
-                moves = rule.first is None or trainable.name not in rule.first.coeffs
-                owner.perturbation = self._live if moves else self._idle  # type: ignore[assignment]
+                owner.perturbation = self._idle if name in chosen else self._live  # type: ignore[assignment]
         self.rule, self._divided = rule, True
         self.__dict__.pop("fork", None)  # another first perturbed block
 
-    def _rule_of(self, blocks: set[int]) -> Halves:
-        names, trainables = list(self.trainables), list(self.trainables.values())
-        inner = {t.name for own in self.blocks.values() for t in own}
-        chosen = {t.name for block in blocks for t in self.blocks[block]}
-        places = [i for i, name in enumerate(names) if name in inner]
-        if blocks:
-            chosen.update(names[max(places) + 1 :])
-        if blocks == self.blocks.keys():
-            chosen.update(names)
-        while True:
-            taken = {owner for t in trainables if t.name not in chosen for owner in owners_of(t)}
-            shared = {t.name for t in trainables if t.name in chosen and not taken.isdisjoint(owners_of(t))}
-            if not shared:
-                break
-            chosen -= shared
-        zeroth = [t for t in trainables if t.name not in chosen]
-        first = [t for t in trainables if t.name in chosen]
+    def _rule_of(self, chosen: set[str]) -> Halves:
+        zeroth = [t for name, t in self.trainables.items() if name not in chosen]
+        first = [t for name, t in self.trainables.items() if name in chosen]
         return Halves(self._zeroth(zeroth) if zeroth else None, self._gradient_rule(first) if first else None)
+
+    @property
+    def first_blocks(self) -> list[int]:
+        """The blocks that F has something of, ascending."""
+        names = set() if self.rule.first is None else self.rule.first.coeffs.keys()
+        return [block for block, own in self.blocks.items() if any(t.name in names for t in own)]
 
     def _gradient_rule(self, trainables: Sequence[Trainable]) -> first_order.SGD:
         if self._first_rule[0] == "sumo" and all(1 in t.value.shape for t in trainables):
@@ -207,7 +221,7 @@ class _Hybrid(ZeroOrder):
     @functools.cached_property
     def fork(self) -> Fork | Tail | None:
         found = fork_of(self.model, self._fork_wanted, self._prefix_cache)
-        first = [block for block, chosen in zip(self.blocks, self.of_first, strict=True) if chosen]
+        first = self.first_blocks
         if found is None or not first or first[0] >= found.first:
             return found
         if self._fork_wanted or self._prefix_cache:
@@ -281,14 +295,14 @@ class _Hybrid(ZeroOrder):
         return {"importance": self.importance, "of_first": self.of_first}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        given, before = state.get("method/of_first"), (self.rule, self.of_first.clone(), self._divided)
+        rule, divided, given = self.rule, self._divided, state.get("method/of_first")
         if given is not None and given.shape == self.of_first.shape:
-            self.divide([block for block, chosen in zip(self.blocks, given, strict=True) if chosen])
+            self._part({name for name, chosen in zip(self.trainables, given.tolist(), strict=True) if chosen})
         try:
             super().load_state_dict(state)
         except ValueError:
-            self.divide([block for block, chosen in zip(self.blocks, before[1], strict=True) if chosen])
-            self.rule, _, self._divided = before
+            self._part(set() if rule.first is None else set(rule.first.coeffs))
+            self.rule, self._divided = rule, divided
             raise
 
 

@@ -11,15 +11,16 @@ import pytest
 import torch
 from close import assert_no_worse
 from test_cli import killed, options, steps_of, zoact
-from test_method_blocks import B, evaluation, ids
+from test_method_blocks import B, evaluation, ids, plain_net
 from test_method_hybrid import PRESETS, make, run, same, swapped, trained
 from tiny_model import make_model_dir, write_examples
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoact_kernels import methods, step_graph
 from zoact_kernels.layers import zo_layers
 from zoact_kernels.runlog import RunLog
 from zoact_kernels.step_graph import StepGraph
+from zoact_kernels.swap import ZOConfig, swap
 
 
 def whole(optimizer: Any) -> dict[str, Tensor]:
@@ -190,6 +191,23 @@ def test_a_fork_changes_no_bit(more: dict[str, Any]) -> None:
     assert rows == [B] * 3
 
 
+def test_kept_prefixes_and_a_resume(tmp_path: Path) -> None:
+    """With the first block kept by sequence, a run resumed with nothing kept sees the same bits; both others train."""
+    make_model_dir(tmp_path / "model", layers=3)
+    files = {"model": str(tmp_path / "model"), "train": str(write_examples(tmp_path / "train.csv", 16))}
+    more = {"method": "hi-zfo", "prefix-cache": 1 << 20, "target": "*layers.[12]*"}
+    assert zoact(*options(files, tmp_path / "whole", **more, steps=6)) == 0
+    assert zoact(*options(files, tmp_path / "run", **more, steps=4)) == 0
+    assert zoact("finetune", "--resume", "--out", str(tmp_path / "run"), "--steps", "6") == 0
+    assert steps_of(tmp_path / "run") == steps_of(tmp_path / "whole")
+    with RunLog.open(tmp_path / "run") as log:
+        first, last = (log.load(row) for row in (log.snapshots()[0], log.snapshots()[-1]))
+    moved = {key for key in last if key.startswith("coeff/") and not torch.equal(first[key], last[key])}
+    assert {key.split(".layers.")[1][0] for key in moved} == {"1", "2"}
+    assert any(key.startswith("rule/0/exp_avg/model.layers.1") for key in last)
+    assert any(key.startswith("rule/1/exp_avg/model.layers.2") for key in last)
+
+
 def test_gradients_before_a_fork_are_refused() -> None:
     for given, refused in (({"fork": True}, True), ({}, False)):
         optimizer = late(**given)
@@ -214,6 +232,34 @@ def test_spread_queries_share_a_batch_that_the_gradient_sees_whole() -> None:
     assert result.losses.shape == (6, B // 3)
     for name, c in twin.rule.first.coeffs.items():
         assert torch.equal(optimizer.rule.first.coeffs[name], c) and c.any()
+
+
+def test_the_gradient_knows_nothing_of_the_estimator() -> None:
+    """Nor of its noise: whatever the probes are, the first step of F is the same."""
+    found = []
+    for more in ({}, {"sides": "one-sided"}, {"queries": 2, "sides": "leave-one-out"}, {"noise": "rademacher"}):
+        optimizer = make("hi-zfo-dense", {1, 2}, **more)
+        (result,) = run(optimizer, 1)
+        assert len(result.losses) == optimizer.groups and result.weights.any()
+        found.append({name: value.detach() for name, value in optimizer.rule.first.coeffs.items()})
+    assert all(same(found[0], other) for other in found[1:])
+
+
+def test_a_tied_head_is_the_tables() -> None:
+    """The table runs before the blocks, so it is Z's, and with it whatever its head has beside it."""
+    net = plain_net()
+    net.head.bias = nn.Parameter(torch.ones(net.head.out_features), requires_grad=False)
+    swap(net, ZOConfig(format="dense", rank=0, layout="row", skip=()), where=["layers.*"], example=(ids(),))
+    optimizer = methods.create("hi-zfo-dense", net, floor_every=0, lr=0.1, first_lr=0.1)
+    optimizer.divide({2})
+    first = set(optimizer.rule.first.coeffs)
+    assert {name for name in first if not name.startswith("layers.2.")} == {"norm.weight", "norm.bias"}
+    before = trained(optimizer)
+    run(optimizer, 1)
+    assert not any(torch.equal(value, before[name]) for name, value in trained(optimizer).items())
+    optimizer.divide({0, 1, 2})
+    assert optimizer.rule.zeroth is None and "table.weight" in optimizer.rule.first.coeffs
+    run(optimizer, 1)
 
 
 # --- what stays as it was ---------------------------------------------------------------------------------------------

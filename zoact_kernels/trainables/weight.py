@@ -31,6 +31,11 @@ class Weight(Trainable):
         self.value = self._current().view(self._current().shape[0], -1)
         self.sites = [(owner, key)]  # several where it is tied
 
+    @property
+    def leaf(self) -> Tensor:
+        tensor: Tensor = getattr(self.owner, self.key)
+        return tensor
+
     def cover(self, mask: Mask) -> None:
         """Only what `mask` lets take part is perturbed and moved from now on."""
         self.mask = mask
@@ -50,14 +55,10 @@ class Weight(Trainable):
         for key, tensor in mine.items():
             tensor.copy_(held[key])
 
-    @property
-    def leaf(self) -> Tensor:
+    def _current(self) -> Tensor:
         tensor = getattr(self.owner, self.key)
         assert isinstance(tensor, Tensor)
-        return tensor
-
-    def _current(self) -> Tensor:
-        return self.leaf.detach()
+        return tensor.detach()
 
     def check(self) -> None:
         if self._current().data_ptr() != self.value.data_ptr():

@@ -338,7 +338,5 @@ def test_more_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_graph, "DEVICE", "cpu")
     with pytest.raises(ValueError, match="differ in more than numbers"):
         StepGraph(optimizer, None)  # type: ignore[arg-type]
-    one = swapped(rank=1)
-    sumo = methods.create("hi-zfo", one, first_order="sumo")
     with pytest.raises(ValueError, match="sumo finds no matrix"):
-        sumo.divide({2})
+        methods.create("hi-zfo", swapped(rank=1), first_order="sumo")

@@ -105,6 +105,11 @@ class _Hybrid(ZeroOrder):
         self.stack_name, parts = parts_of(trainables)
         self.blocks = {part.block: part.trainables for part in parts if part.block is not None}
         self.blocks = dict(sorted(self.blocks.items()))
+        if kind == "sumo" and all(1 in t.value.shape for own in self.blocks.values() for t in own):
+            raise ValueError(
+                "sumo finds no matrix to move, only what has one row or one column: coefficients of rank 1, say; give "
+                "them a higher rank, or take adam"
+            )
         self._live, self._idle = perturbation_of(self.model), Perturbation()
         self._idle.idle = True
         self._zeroth: Any = functools.partial(super().make_rule, optimizer, **arguments)
@@ -153,23 +158,18 @@ class _Hybrid(ZeroOrder):
         first = [t for name, t in self.trainables.items() if name in chosen]
         return Halves(self._zeroth(zeroth) if zeroth else None, self._gradient_rule(first) if first else None)
 
-    @property
-    def first_blocks(self) -> list[int]:
-        """The blocks that F has something of, ascending."""
-        names = set() if self.rule.first is None else self.rule.first.coeffs.keys()
-        return [block for block, own in self.blocks.items() if any(t.name in names for t in own)]
-
     def _gradient_rule(self, trainables: Sequence[Trainable]) -> first_order.SGD:
-        if self._first_rule[0] == "sumo" and all(1 in t.value.shape for t in trainables):
-            raise ValueError(
-                "sumo finds no matrix to move, only what has one row or one column: coefficients of rank 1, say; give "
-                "them a higher rank, or take adam"
-            )
         return self._first(
             {t.name: t.value for t in trainables},
             torch.cat([t.param_id for t in trainables]),
             undecayed=[t.name for t in trainables if not t.decays],
         )
+
+    @property
+    def first_blocks(self) -> list[int]:
+        """The blocks that F has something of, ascending."""
+        names = set() if self.rule.first is None else self.rule.first.coeffs.keys()
+        return [block for block, own in self.blocks.items() if any(t.name in names for t in own)]
 
     def prepare(self, batches: Iterable[Any], evaluate: Callable[[Any], Tensor]) -> None:
         """Divide by the gradients of the first batch. One block's graph is kept at a time, and no gradient."""

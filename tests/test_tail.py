@@ -48,6 +48,8 @@ def plain(kind: str) -> nn.Module:
     elif kind == "phi":  # attention beside the MLP, not before it; a head with a bias
         model = t.PhiForCausalLM(t.PhiConfig(**SMALL, num_key_value_heads=1))
         nn.init.normal_(model.lm_head.bias)
+    elif kind == "grouped":
+        model = t.LlamaForCausalLM(t.LlamaConfig(**SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2}))
     elif kind == "bert":
         model = t.BertForSequenceClassification(t.BertConfig(**SMALL, num_labels=3))
     elif kind == "classifier":

@@ -12,6 +12,10 @@ before the first trained one returns what was kept of it, and the first trained 
 the block computes between them (an attention of one token to itself) is thrown away. That this is all the same is not
 taken on trust: the first sequence of a Tail is compared with the whole model. Outputs that do not matter even where
 they are NaN are not kept.
+
+The linear that makes the values of the last attention may be trained too, though it sees all tokens: attention mixes
+them by weights that it has no part in, so its share of head h at a label row is C A^T m_h, m_h = sum_t p_ht x_t the
+mixture of its inputs. `Values` says which linear that is; the mixtures are kept for each row, as wide as all heads.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ from .fork import (
 from .layers import ZOLinear, base_product, perturbation_of
 
 HIDDEN, INPUT, BASE = "hidden states", "input", "base product"  # of the last block; of its first trained linear
+MIXED = "mixed inputs"  # of the values, for every head
 CHECKED = 2.0**-12  # agreement asked for, relative: other lengths take other sums in torch's attention and norms
 
 
@@ -51,6 +56,22 @@ class Labels(NamedTuple):
 
     sequences: Tensor
     positions: Tensor
+
+
+class Values(NamedTuple):
+    """The linear of the last block that makes values, and the heads that attention mixes them in."""
+
+    layer: ZOLinear
+    heads: int
+    width: int  # of a head
+
+    def side(self, mixed: Tensor) -> Tensor:
+        """What C A^T of the layer adds to attention's output [n, heads * width]; mixed [n, heads, K]."""
+        assert self.layer.basis is not None and self.layer.coeff is not None
+        rows, weight = mixed.float() @ self.layer.basis, self.layer.coeff.detach()
+        parts = weight.view(-1, self.width, weight.shape[1])
+        shared = rows.view(len(rows), len(parts), -1, rows.shape[2])  # heads of one part stand side by side
+        return torch.einsum("npgk,pwk->npgw", shared, parts).flatten(1)
 
 
 _opened: ContextVar[Tail | None] = ContextVar("opened", default=None)
@@ -65,11 +86,12 @@ def opened(model: nn.Module) -> Tail | None:
 class Tail:
     """Where the label rows of a model leave its tokens.
 
-    cache_bytes: of kept rows; the least recently used leave first. Raises ValueError for a model in which no list of
-    equal blocks is found, whose blocks are compiled, or where anything is trained but linears of the last block.
+    cache_bytes: of kept rows; the least recently used leave first. values: where those are trained too (C alone, no row
+    group moves them). Raises ValueError for a model in which no list of equal blocks is found, whose blocks are
+    compiled, or where anything is trained but linears of the last block.
     """
 
-    def __init__(self, model: nn.Module, cache_bytes: int) -> None:
+    def __init__(self, model: nn.Module, cache_bytes: int, values: Values | None = None) -> None:
         self.model, self.name, self.blocks = model, *find_blocks(model)
         self.body, self.last = body_of(model, self.name), self.blocks[-1]
         check_compiled(model, self.blocks)
@@ -80,11 +102,16 @@ class Tail:
             raise ValueError(
                 f"{outside[0]} is trained; a tail has nothing but linears of {self.name}.{len(self.blocks) - 1}"
             )
+        self.values = values
+        self.mixed: Tensor | None = None  # [n, heads, K] of the rows of the last forward, where `values` is given
+        self.read: Labels | None = None  # of the last forward, and how many sequences it had
+        self.sequences = 0
         self.cache = Cache(cache_bytes)
         self.handle = perturbation_of(model)
         self._kept: dict[str, int] = {}  # the parts of a kept row and their widths
         self._idle: set[str] = set()  # linears whose output is thrown away in the tail
         self._widths: dict[str, int] = {}
+        self._first = ""  # the first linear that row groups move
         self._tuples = False  # whether a block returns its hidden states in a tuple
         self._call: _Call | None = None
         self._labels: Labels | None = None
@@ -151,6 +178,7 @@ class Tail:
             self._check(forward, ids[longest : longest + 1, : lengths[longest]])
         kept = self._look_up(forward, ids, lengths, labels)
         n, (S, T) = len(kept), ids.shape
+        self.read, self.sequences = labels, S
         dealt, places = self._dealt(kept, labels.sequences, S, copies)
         output, states = self._rows(forward, ids, dealt, copies)
         states = states.unflatten(0, (copies, -1))[:, places].flatten(0, 1)
@@ -188,6 +216,12 @@ class Tail:
     def _rows(self, forward: Callable[..., Any], ids: Tensor, kept: Tensor, copies: int) -> tuple[Any, Tensor]:
         """(output of the body, its hidden states [copies n, 1, H]) for kept rows [n, width]."""
         parts = dict(zip(self._kept, kept.split(list(self._kept.values()), dim=1), strict=True))
+        if self.values is not None:
+            self.mixed = parts.pop(MIXED).unflatten(1, (self.values.heads, -1))
+            parts[INPUT] = parts[INPUT] + self.values.side(self.mixed).to(kept.dtype)
+            first = self.linears[self._first]
+            if isinstance(first, ZOLinear):
+                parts[BASE] = base_product(first, parts[INPUT], first.bias)
         self._call = _Call(given=parts, copies=copies)
         tokens = ids[:1, :1].expand(copies * len(kept), 1)
         leading, self.handle.leading = self.handle.leading, (len(tokens),)  # label rows, not sequences
@@ -240,7 +274,12 @@ class Tail:
         if call.given is None:
             if call.inside:
                 call.keep(HIDDEN, hidden_of(args, kwargs))
-            output = forward(*args, **kwargs)
+            try:
+                output = forward(*args, **kwargs)
+            except Stop:
+                if self.values is not None:
+                    self._mix(call, functools.partial(forward, *args, **kwargs))
+                raise
             self._tuples = isinstance(output, tuple)
             return output
         if not call.inside:
@@ -249,20 +288,41 @@ class Tail:
         args, kwargs = with_hidden(args, kwargs, call.part(HIDDEN))
         return forward(*args, **kwargs)
 
+    def _mix(self, call: _Call, block: Callable[[], Any]) -> None:
+        # The block runs again with columns of the values' inputs in place of values, as many as a head is wide.
+        assert self.values is not None
+        (layer, heads, width), attended = self.values, call.kept[INPUT]
+        if call.values is None:
+            raise ValueError(f"{layer.name} does not run before {self._first} of {self.name}: it makes no values")
+        parts = []
+        for columns in call.values.split(width, dim=-1):
+            wide = F.pad(columns, (0, width - columns.shape[-1]))
+            call.columns, call.reached = wide.repeat(1, 1, layer.out_features // width), False
+            with contextlib.suppress(Stop):
+                block()
+            parts.append(call.kept[INPUT].unflatten(1, (heads, width))[..., : columns.shape[-1]])
+        call.kept[INPUT], call.kept[MIXED] = attended, torch.cat(parts, dim=2).flatten(1)
+
     def _run_linear(self, name: str, forward: Callable[..., Any], x: Tensor) -> Any:
         call, linear = self._call, self.linears[name]
         if call is None or not call.inside or call.reached:
             return forward(x)
-        call.reached = moves(linear)
+        values = self.values is not None and self.values.layer is linear
+        call.reached = moves(linear) and not values
         if call.given is None:
+            if values and call.columns is not None:
+                return call.columns
             if not call.reached:
-                output = forward(x)
+                output = base_product(linear, x, linear.bias) if values and isinstance(linear, ZOLinear) else forward(x)
+                if values:
+                    call.values = x
                 if name in self._kept or not self._checked:
                     call.keep(name, output)
                 self._widths[name] = output.shape[-1]
                 return output
             call.keep(INPUT, x)
-            if isinstance(linear, ZOLinear):
+            self._first = name
+            if isinstance(linear, ZOLinear) and call.columns is None:
                 call.kept[BASE] = base_product(linear, call.kept[INPUT], linear.bias)
             raise Stop
         if not call.reached:
@@ -299,6 +359,8 @@ class Tail:
                     self._idle.add(name)
         finally:
             self.handle.active = active
+        if self.values is not None:
+            self._check_values(self.values, found)
         error = float((mine - wanted).abs().max() / wanted.abs().max())
         if not error < CHECKED:
             raise ValueError(
@@ -308,6 +370,21 @@ class Tail:
         if ids.shape[1] > 1:
             self._kept = {name: width for name, width in self._kept.items() if name not in self._idle}
             self._checked = True
+
+    def _check_values(self, values: Values, found: dict[str, Tensor]) -> None:
+        # Attention is given by what `Values` says of its heads, or their C would be learned for other heads.
+        layer = values.layer
+        mixed = found[MIXED].unflatten(1, (values.heads, -1)).float()
+        every = base_product(layer, mixed.to(found[MIXED].dtype).flatten(0, 1), layer.bias)
+        every = every.view(*mixed.shape[:2], -1, values.width)  # by all parts of the values; a head has one
+        heads = torch.arange(values.heads, device=every.device)
+        made = every[:, heads, heads * every.shape[2] // values.heads].flatten(1)
+        error = float((made - found[INPUT]).abs().max() / found[INPUT].abs().max())
+        if not error < CHECKED:
+            raise ValueError(
+                f"{values.heads} heads of {values.width} mixed by attention are not what {self._first} of {self.name} "
+                f"is given (relative error {error:.1e}): {layer.name} does not make its values, or in another order"
+            )
 
 
 class _Call:
@@ -321,6 +398,8 @@ class _Call:
     ) -> None:
         self.given, self.copies, self.positions = given, copies, positions
         self.inside = self.reached = False
+        self.values: Tensor | None = None  # inputs of the values, all tokens
+        self.columns: Tensor | None = None  # of them, in place of values
         self.kept: dict[str, Tensor] = {}
 
     def keep(self, name: str, x: Tensor) -> None:

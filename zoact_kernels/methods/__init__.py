@@ -37,6 +37,7 @@ from .hybrid import HiZFO, HiZFODense
 from .learned import ZOFinetuner
 from .lora import PRGE, MeZOLoRA, MeZOPrefix
 from .low_rank import LOZO, LOZOM, SubZero
+from .node import ZOActNode
 from .prior import MeZOGreedy, MeZOGV, MeZOGVHistory, ZOActGreedy, ZOActGV
 from .scales import QZO
 from .tail import ZOActTail
@@ -88,6 +89,7 @@ METHODS: dict[str, type[ZeroOrder]] = {
         ZOActGV,
         ZOActGreedy,
         ZOActTail,
+        ZOActNode,
         HiZFO,
         HiZFODense,
     )

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .. import rng
 from ..fork import running
-from ..layers import Perturbation, zo_layers
+from ..layers import Perturbation, ZOLinear, zo_layers
 from ..tail import Tail
 from ..trainables import Between, Trainable, between
 from ..zeroth_order import ZeroOrder
@@ -63,20 +64,29 @@ class ZOActTail(ZeroOrder):
         super().__init__(model, queries=queries, spread=spread, sigma=sigma, lr=lr, betas=betas, **others)
 
     def find(self, model: nn.Module, handle: Perturbation) -> list[Trainable]:
+        last = list(self.freed(model).values())
+        if len(last) < self.count:
+            raise ValueError(f"layers is {self.count}; the last block of the model has {len(last)} swapped linears")
+        for layer in last[-self.count :]:
+            self.give_bases(layer)
+        return between(model)
+
+    def freed(self, model: nn.Module) -> dict[str, ZOLinear]:
+        """The swapped linears of the last block, by name, no layer of the model with a basis any more."""
         for name, layer in zo_layers(model).items():
             if layer.coeff is not None and bool(layer.coeff.detach().any()):
                 raise ValueError(f"{name} has learned coefficients, which {self.name} would drop; merge them first")
             layer.rank, layer.basis, layer.coeff, layer.out_basis = 0, None, None, None
-        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
-        last = [layer for blocks in lists for layer in zo_layers(blocks[-1]).values()]
-        last = last or list(zo_layers(model).values())  # a replay has the trained layers alone
-        if len(last) < self.count:
-            raise ValueError(f"layers is {self.count}; the last block of the model has {len(last)} swapped linears")
-        for layer in last[-self.count :]:
-            device = layer.weight.device
-            layer.set_basis(torch.zeros(layer.in_features, min(self.rank, layer.in_features), device=device))
-            layer.out_basis = torch.zeros(layer.out_features, min(self.outputs, layer.out_features), device=device)
-        return between(model)
+        blocks = [module[-1] for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
+        inside = {layer for block in blocks for layer in zo_layers(block).values()}
+        # A replay has the trained layers alone
+        return {rng.strip_prefixes(n): x for n, x in zo_layers(model).items() if x in inside or not inside}
+
+    def give_bases(self, layer: ZOLinear) -> None:
+        """Bases of zeros, until `prepare`."""
+        device = layer.weight.device
+        layer.set_basis(torch.zeros(layer.in_features, min(self.rank, layer.in_features), device=device))
+        layer.out_basis = torch.zeros(layer.out_features, min(self.outputs, layer.out_features), device=device)
 
     @functools.cached_property
     def fork(self) -> Tail:
@@ -109,19 +119,27 @@ class ZOActTail(ZeroOrder):
             stack.enter_context(self.forking())  # outside of them: it has the rows
             for batch in batches:
                 evaluate(batch)
+                self.seen()
                 tokens.append(batch.targets.flatten())
         last = layers[-1]
         rows = self.fork.head_rows(head, torch.cat(tokens).unique(), last.out_features, model.dtype)[0].double().cpu()
         rows -= rows.mean(dim=0)
         for layer, gram, count in zip(layers, grams, counts, strict=True):
             assert layer.basis is not None and layer.out_basis is not None
-            values, vectors = torch.linalg.eigh(gram / count)
-            values, vectors = values.flip(0)[: layer.rank], vectors.flip(1)[:, : layer.rank]
-            fine = values > SMALL * values[0]
-            layer.basis.copy_(torch.where(fine, vectors / values.clamp_min(1e-300).sqrt(), 0))
+            layer.basis.copy_(whitening(gram / count, layer.rank))
             own = rows  # seen from before the last linear: through its weight
             if layer.out_features != last.out_features:
                 own = rows @ last.dequantize(torch.float64).cpu()
             directions = torch.linalg.svd(own, full_matrices=False)
             kept = (SMALL * directions.S[0] < directions.S).sum().clamp(max=layer.out_basis.shape[1])
             layer.out_basis[:, :kept] = directions.Vh[:kept].T.float()
+
+    def seen(self) -> None:
+        """Called by `prepare` after each of its batches."""
+
+
+def whitening(gram: Tensor, rank: int) -> Tensor:
+    """[K, rank]: the top eigenvectors of a second moment fp64 [K, K], each over the square root of its eigenvalue."""
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
+    return torch.where(values > SMALL * values[0], vectors / values.clamp_min(1e-300).sqrt(), 0)

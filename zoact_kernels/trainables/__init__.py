@@ -7,6 +7,7 @@
     LowRank        a matrix, V renewed now and then     W + (C + sum_s sigmas[g, s] Z_s) V^T
     Core           a matrix, U and V renewed            W + c U (S + sum_s sigmas[g, s] Z_s) V^T
     Between        S of fixed bases on both sides       D(W) + U (S + sum_s sigmas[g, s] Z_s) A^T
+    Nodes          S as above, noise on outputs         y + sum_s sigmas[g, s] Z_s U^T, Z_s [n, Q]
     LoraB          B [N, R] of a LoRA                   D(W) + c (B + sum_s sigmas[g, s] Z_s) A^T
     LoraA          A [K, R] of a LoRA, beside its B     D(W) + c (B + sum ... Z_s) (A + sum_s sigmas[g, s] Z_As)^T
     PrefixTensor   keys or values before a sequence     K + sum_s sigmas[g, s] Z_s
@@ -19,7 +20,7 @@ both take it from one of these objects.
 from __future__ import annotations
 
 from .base import Trainable, untied_layers
-from .between import Between, between
+from .between import Between, Nodes, between
 from .factors import Coefficients, Core, LowRank, coefficients, low_rank
 from .inputs import AlongInputs
 from .lora import LoraA, LoraB, loras, set_aside
@@ -35,6 +36,7 @@ __all__ = [
     "LoraA",
     "LoraB",
     "LowRank",
+    "Nodes",
     "Prefix",
     "PrefixTensor",
     "Scales",

@@ -62,9 +62,46 @@ class Between(Trainable):
         }  # fmt: skip
 
 
+class Nodes(Between):
+    """S [Q, R] as above, and noise on the output along U: D(W) + U S A^T, y + Z U^T, each row of y its own of Z [n, Q].
+
+    noise, rows: Z_s [S, n, Q] and x A [n, R], mean over the groups, of the last perturbed forward.
+    """
+
+    noise: Tensor
+    rows: Tensor
+
+    def __init__(self, name: str, layer: ZOLinear) -> None:
+        super().__init__(name, layer)
+        layer.probe = functools.partial(probe_nodes, self)
+
+
 def probe_between(own: Between, layer: ZOLinear, x: Tensor, sigmas: Tensor, bias: Tensor | None) -> Tensor:
     """y_g = x_g (D(W) + U (S + sum_s sigmas[g, s] Z_s) A^T)^T + bias, the product with W once for equal copies of x."""
-    p, groups = layer.perturbation, sigmas.shape[0]
+    y, h, copies = _given(own, layer, x, bias)
+    h = h.repeat(copies, *(1,) * (h.dim() - 1)).view(sigmas.shape[0], -1, own.value.shape[1])
+    side = (h @ group_cores(own.value, layer.perturbation, sigmas, own.param_id).mT) @ own.left.T
+    return _joined(y, side, copies, x)
+
+
+def probe_nodes(own: Nodes, layer: ZOLinear, x: Tensor, sigmas: Tensor, bias: Tensor | None) -> Tensor:
+    """y_g = x_g (D(W) + U S A^T)^T + bias + (sum_s sigmas[g, s] Z_s) U^T, Z_s [n, Q] a row for each of a group's n."""
+    y, h, copies = _given(own, layer, x, bias)
+    p, (groups, Q, R) = layer.perturbation, (sigmas.shape[0], *own.value.shape)
+    n = x[..., 0].numel() // groups
+    own.noise = torch.zeros(len(p.seeds), n, Q, device=x.device)
+    one = torch.ones(1, device=x.device)
+    for z, seed in zip(own.noise, p.seeds.split(1), strict=True):
+        torch.ops.zoact.zo_perturb_(z, seed, one, own.param_id, noise=p.noise)
+    h = h.repeat(copies, *(1,) * (h.dim() - 1)).view(groups, n, R)
+    own.rows = h.mean(dim=0)
+    side = (h @ own.value.T + torch.tensordot(sigmas, own.noise, 1)) @ own.left.T
+    return _joined(y, side, copies, x)
+
+
+def _given(own: Between, layer: ZOLinear, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, int]:
+    """(base product, x A) of as many rows of x as its equal copies have, or of all, and the number of copies."""
+    p = layer.perturbation
     assert own.basis is not None
     if layer.known is not None:
         one, y = layer.known
@@ -73,9 +110,10 @@ def probe_between(own: Between, layer: ZOLinear, x: Tensor, sigmas: Tensor, bias
         if not torch.equal(x.view(-1, *one.shape), one.expand(len(x) // len(one), *one.shape)):
             one = x
         y = base_product(layer, one, bias)
-    copies = len(x) // len(one)
-    h = (one.float() @ own.basis).expand(copies, *one.shape[:-1], -1).reshape(groups, -1, own.value.shape[1])
-    side = (h @ group_cores(own.value, p, sigmas, own.param_id).mT) @ own.left.T
+    return y, one.float() @ own.basis, len(x) // len(one)
+
+
+def _joined(y: Tensor, side: Tensor, copies: int, x: Tensor) -> Tensor:
     return (y.float() + side.view(copies, *y.shape)).to(y.dtype).view(*x.shape[:-1], -1)
 
 
@@ -88,12 +126,10 @@ def group_cores(value: Tensor, p: Perturbation, sigmas: Tensor, param_id: Tensor
     return torch.addmm(value.flatten(), sigmas, z.flatten(1)).view(-1, *value.shape)
 
 
-def between(model: nn.Module) -> list[Trainable]:
+def between(model: nn.Module, kind: type[Between] = Between) -> list[Trainable]:
     """S of every layer with bases on both sides. Raises ValueError if there is none."""
     found: list[Trainable] = [
-        Between(rng.strip_prefixes(name), layer)
-        for name, layer in zo_layers(model).items()
-        if layer.out_basis is not None
+        kind(rng.strip_prefixes(name), layer) for name, layer in zo_layers(model).items() if layer.out_basis is not None
     ]
     if not found:
         raise ValueError("no layer of the model has bases of its inputs and outputs; `prepare` gives them")

@@ -1,0 +1,355 @@
+"""ZOActNode: losses and update written out, values by the chain rule, unbiased, exact resumes, clear refusals."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from close import assert_no_worse
+from test_method_tail import same, words
+from test_tail import Batch, fresh, one_thread, phrases, step, texts
+from test_trainer import Interrupt, Tiny, record
+from torch import Tensor, nn
+
+from zoact_kernels import rng
+from zoact_kernels.losses import group_losses
+from zoact_kernels.methods.node import ZOActNode
+from zoact_kernels.runlog import RunLog
+from zoact_kernels.swap import unswap
+from zoact_kernels.trainables import Coefficients, Nodes
+from zoact_kernels.trainer import Recipe, base_hash
+
+__all__ = ["one_thread"]
+
+NAMES: dict[str, dict[str, str]] = {
+    "llama": {},
+    "grouped": {},
+    "gemma2": {},
+    "gpt2": {"layers": "attn.c_proj,mlp.c_proj", "values": ""},
+    "phi": {"layers": "self_attn.dense,fc2", "values": "v_proj"},
+    "down": {"layers": "down_proj", "values": ""},
+}
+BATCHES = {
+    "words": words(7, 3, 5, 1, 11, 2, 7, 4),
+    "phrases": phrases(7, 9, 5, 4, 11, 3, 8, 6),
+    "texts": texts(7, 9, 5, 4, 11, 3, 8, 6),
+    "mean texts": texts(7, 9, 5, 4, 11, 3, 8, 6, mean=True),
+}
+SIGMA = 0.25
+
+
+def method(kind: str = "llama", model: Any = None, filled: bool = True, **arguments: Any) -> ZOActNode:
+    """An optimizer with bases and values that are random, and a radius that is felt."""
+    given: dict[str, Any] = {
+        "rank": 5, "outputs": 3, "queries": 3, "sigma": SIGMA, "lr": 0.05, "floor_every": 0, "seed": 9,
+    }  # fmt: skip
+    model = model if model is not None else fresh("llama" if kind == "down" else kind)
+    optimizer = ZOActNode(model, **given | NAMES[kind] | arguments)
+    generator = torch.Generator().manual_seed(6)
+    for t in optimizer.trainables.values() if filled else ():
+        assert isinstance(t, Nodes | Coefficients) and t.layer.basis is not None
+        t.layer.basis.copy_(torch.randn(t.layer.basis.shape, generator=generator) / t.layer.in_features**0.5)
+        if isinstance(t, Nodes):
+            t.left.copy_(torch.linalg.qr(torch.randn(t.left.shape, generator=generator)).Q)
+        t.value.detach().copy_(torch.randn(t.value.shape, generator=generator) / 4)
+        t.settle()
+    return optimizer
+
+
+def values(optimizer: ZOActNode) -> dict[str, Tensor]:
+    return {name: t.value.detach().clone() for name, t in optimizer.trainables.items()}
+
+
+def written(optimizer: ZOActNode, dtype: torch.dtype, merged: bool = True) -> Any:
+    """The model in ordinary layers with everything learned in their weights, or beside them."""
+    model: Any = unswap(copy.deepcopy(optimizer.model)).to(dtype)
+    for name, t in optimizer.trainables.items():
+        assert isinstance(t, Nodes | Coefficients) and t.layer.basis is not None
+        c = t.left.to(dtype) @ t.value.to(dtype) if isinstance(t, Nodes) else t.value.detach().to(dtype)
+        delta, module = c @ t.layer.basis.to(dtype).T, model.get_submodule(name)
+        if not merged:
+            a = t.layer.basis.to(dtype)
+            module.register_forward_hook(lambda m, args, out, a=a, c=c: out + (args[0] @ a) @ c.T)
+            continue
+        module.weight.data += delta if isinstance(module, nn.Linear) else delta.T
+    return model
+
+
+def by_hand(
+    optimizer: ZOActNode, given: Batch, seeds: Tensor, dtype: torch.dtype, how: str = "merged"
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(losses [2 q, B], {name: value after a step of SGD}) from the formulas, each sequence alone.
+
+    The gradient of the values is not written out but asked of autograd: that of sum_b <U g_b, what o_proj gives at row
+    b> by their weight, attention's weights being no function of it. how: what is learned "merged" or "beside" ordinary
+    layers; "swapped": the model as it is, for losses alone.
+    """
+    q = len(seeds)
+    model = copy.deepcopy(optimizer.model) if how == "swapped" else written(optimizer, dtype, how == "merged")
+    rows, places = given.label_rows.tolist(), given.label_positions.tolist()
+    trained = {name: t for name, t in optimizer.trainables.items() if isinstance(t, Nodes)}
+    noise = {
+        name: [
+            torch.as_tensor(rng.noise(optimizer.noise, int(s), int(t.param_id), len(rows), t.value.shape[0])).to(dtype)
+            for s in seeds
+        ]
+        for name, t in trained.items()
+    }
+    inputs: dict[str, dict[int, Tensor]] = {name: {} for name in trained}
+    outputs: dict[str, dict[int, Tensor]] = {name: {} for name in trained}
+    state: dict[str, Any] = {}
+
+    def hook(name: str, module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        s, sign, query = state["s"], state["sign"], state["query"]
+        out = out.clone()
+        for i, (row, place) in enumerate(zip(rows, places, strict=True)):
+            if row == s:
+                count = inputs[name].get(i)
+                seen = args[0][0, place].detach() / (2 * q)
+                inputs[name][i] = seen if count is None else count + seen
+                outputs[name][i] = out[0, place]
+                if sign:
+                    out[0, place] += sign * SIGMA * noise[name][query][i] @ trained[name].left.to(dtype).T
+        return out
+
+    handles = [model.get_submodule(name).register_forward_hook(functools.partial(hook, name)) for name in trained]
+
+    def losses(sign: int, query: int) -> Tensor:
+        found = []
+        for s in range(given.sequences):
+            state.update(s=s, sign=sign, query=query)
+            length = int(given.attention_mask[s].sum())
+            logits = model(given.input_ids[s : s + 1, :length]).logits[0]
+            for i in (i for i, row in enumerate(rows) if row == s):
+                line = logits[places[i]] if given.targets.dim() == 2 else logits[places[i]].log_softmax(-1)
+                found.append(line[given.targets[i]])
+        table = torch.stack(found)
+        if given.targets.dim() == 2:
+            return -table.log_softmax(-1).gather(-1, given.labels[:, None])[:, 0]  # type: ignore[index]
+        sums = torch.stack([table[[i for i, r in enumerate(rows) if r == s]].sum() for s in range(given.sequences)])
+        counts = torch.tensor([sum(r == s for r in rows) for s in range(given.sequences)])
+        if given.kind == "completion":
+            return -(sums / counts if given.mean else sums)
+        scores = (sums / counts).view(-1, given.choices)
+        return -scores.log_softmax(-1).gather(-1, given.labels[:, None])[:, 0]  # type: ignore[index]
+
+    with torch.no_grad():
+        table = torch.stack([losses(sign, query) for query in range(q) for sign in (1, -1)])
+    if how == "swapped":
+        return table, {}
+    d = (table[0::2] - table[1::2]) / (2 * SIGMA)
+    B = given.examples
+    own = d[:, [row * B // given.sequences for row in rows]]
+    gradients: dict[str, Tensor] = {}
+    along = {name: (own[..., None] * torch.stack(noise[name])).mean(0) for name in trained}
+    for name, t in trained.items():
+        assert t.layer.basis is not None
+        x = torch.stack([inputs[name][i] for i in range(len(rows))])
+        gradients[name] = along[name].T @ (x @ t.layer.basis.to(dtype)) / B
+    for name, t in optimizer.trainables.items():
+        if isinstance(t, Coefficients):
+            assert t.layer.basis is not None
+            first = next(iter(trained))  # attention's own output, in module order
+            weight = model.get_submodule(name).weight.requires_grad_(True)
+            losses(0, 0)
+            scalar = sum(
+                (outputs[first][i] @ trained[first].left.to(dtype) @ along[first][i] for i in range(len(rows))),
+                torch.zeros((), dtype=dtype),
+            )
+            (g,) = torch.autograd.grad(scalar, weight)
+            gradients[name] = g @ t.layer.basis.to(dtype) / B
+    for handle in handles:
+        handle.remove()
+    before = {name: t.value.detach().to(dtype) for name, t in optimizer.trainables.items()}
+    return table, {name: value - optimizer.lr * gradients[name] for name, value in before.items()}
+
+
+def worst(tries: list[Tensor], truth: Tensor) -> Tensor:
+    """Of every number the try that is furthest off."""
+    stack = torch.stack(tries)
+    return stack.gather(0, (stack - truth).abs().argmax(0)[None])[0]
+
+
+CASES = [(kind, given, "normal") for kind in NAMES for given in BATCHES] + [("llama", "words", "rademacher")]
+
+
+@pytest.mark.parametrize(("kind", "given", "noise"), CASES)
+def test_losses_and_step_are_those_written_out(kind: str, given: str, noise: str) -> None:
+    batch = BATCHES[given]
+    optimizer = method(kind, optimizer="sgd", noise=noise)
+    before = copy.deepcopy(optimizer)
+    result = step(optimizer, batch)
+    truth, after = by_hand(before, batch, result.seeds, torch.float64)
+    # Float32 gets three tries at every number, or a few lucky sums would ask for more than it can do
+    tries = [by_hand(before, batch, result.seeds, torch.float32, how) for how in ("merged", "beside", "swapped")]
+    assert_no_worse(result.losses.float(), worst([table for table, _ in tries], truth), truth, "losses")
+    assert float((truth[0::2] - truth[1::2]).abs().min(dim=0).values.max()) > 1e-3  # every query is felt
+    for name, t in optimizer.trainables.items():
+        moved = t.value.detach() - values(before)[name]
+        start = values(before)[name].double()
+        assert_no_worse(
+            t.value.detach(), worst([found[name] for _, found in tries if found], after[name]), after[name], name
+        )
+        assert float((after[name] - start).abs().max()) > 1e-4 and bool(moved.any())
+
+
+def test_it_is_unbiased() -> None:
+    """Mean estimate over seeds against autograd, in units of its own standard error; U whole, or values lose a part."""
+    batch = words(7, 3, 5, 4, 11, 2)
+    optimizer = method(outputs=24, sigma=1e-2, lr=0.0, optimizer="sgd", queries=4)
+    model = written(optimizer, torch.float64)
+    weights = {name: model.get_submodule(name).weight.requires_grad_(True) for name in optimizer.trainables}
+    loss = group_losses(model, batch, grad=True).mean()
+    truth: dict[str, Tensor] = {}
+    for (name, t), g in zip(
+        optimizer.trainables.items(), torch.autograd.grad(loss, list(weights.values())), strict=True
+    ):
+        assert isinstance(t, Nodes | Coefficients) and t.layer.basis is not None
+        g = g @ t.layer.basis.double()
+        truth[name] = t.left.double().T @ g if isinstance(t, Nodes) else g
+    kept: list[dict[str, Tensor]] = []
+    look = optimizer._gradients
+    optimizer._gradients = lambda losses: kept.append(look(losses)) or kept[-1]  # type: ignore[method-assign,func-returns-value]
+    for _ in range(300):
+        step(optimizer, batch)
+    for name, g in truth.items():
+        seen = torch.stack([found[name].double() for found in kept])
+        error = (seen.mean(0) - g).square().sum()
+        allowed = seen.var(0).sum() / len(seen)
+        assert float(error / allowed) < 2.5, name  # its mean is 1, of some 20 directions that matter: 4 deviations
+        assert float(g.square().sum() / allowed) > 10, name  # or zeros would pass
+
+
+def test_prepare_gives_bases() -> None:
+    optimizer = method(filled=False, rank=4)
+    model = optimizer.model
+    many = [words(*range(1, 25), seed=seed) for seed in (1, 2, 3)]
+    clean = group_losses(model, many[0])
+    with pytest.raises(RuntimeError, match="prepare"):
+        step(optimizer, many[0])
+    optimizer.prepare(iter(many), functools.partial(group_losses, model))
+    assert torch.equal(group_losses(model, many[0]), clean)
+    (t,) = (t for t in optimizer.trainables.values() if isinstance(t, Coefficients))
+    mixtures = []
+    for given in many:
+        with optimizer.forking():
+            group_losses(model, given)
+        mixtures.append(optimizer.fork.mixed.flatten(0, 1).double())  # type: ignore[union-attr]
+    rows = torch.cat(mixtures) @ t.layer.basis.double()  # type: ignore[union-attr]
+    gram = rows.T @ rows / len(rows)
+    assert float((gram - torch.eye(4)).abs().max()) < 0.05
+    before = values(optimizer)
+    assert not step(optimizer, many[0]).skipped and not same(values(optimizer), before)
+
+
+@pytest.mark.parametrize("stop", (1, 3))
+def test_resume_through_a_state_is_bitwise(stop: int) -> None:
+    rounds = [BATCHES["words"], BATCHES["texts"], BATCHES["phrases"], words(9, 8, 7, 6, seed=2), BATCHES["words"]]
+    whole, first = method(), method()
+    for given in rounds:
+        step(whole, given)
+    for given in rounds[:stop]:
+        step(first, given)
+    state = {key: tensor.clone() for key, tensor in first.state_dict().items()}
+    second = method(filled=False)
+    second.load_state_dict(state)
+    for given in rounds[stop:]:
+        step(second, given)
+    a, b = whole.state_dict(), second.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k].nan_to_num(), b[k].nan_to_num()) for k in a)
+    assert same(values(whole), values(second))
+
+
+@pytest.mark.parametrize("value", (math.nan, math.inf))
+def test_lost_losses_skip_the_step(value: float) -> None:
+    optimizer = method()
+    step(optimizer, BATCHES["words"])
+    before = optimizer.state_dict()
+
+    def poisoned(groups: int) -> Tensor:
+        losses = group_losses(optimizer.model, BATCHES["words"], groups)
+        losses[3, 5] = value
+        return losses
+
+    result = optimizer.step_on([poisoned], BATCHES["words"].leading)
+    assert result.skipped and "group 3" in result.reason
+    after = optimizer.state_dict()
+    assert int(after.pop("iteration")) == int(before.pop("iteration")) + 1
+    assert all(torch.equal(after[key].nan_to_num(), before[key].nan_to_num()) for key in before)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return Tiny(tmp_path_factory.mktemp("tiny"))
+
+
+RECIPE = Recipe(
+    method="zo-act-node", steps=7, batch_size=8, queries=2, snapshot_every=3, eval_every=4, floor_every=5,
+    basis_batches=2, lr=0.05, sigma=0.05, seed=5, options={"rank": 6, "outputs": 2, "tail_cache": 1 << 20},
+)  # fmt: skip
+
+
+def test_a_run_resumed_is_the_run(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny.fresh()
+    before = base_hash(model)
+    result = tiny.run(tmp_path / "whole", RECIPE, model)
+    assert base_hash(model) == before and isinstance(result.optimizer, ZOActNode)
+    whole = record(tmp_path / "whole")
+    assert not any(row[-1] for row in whole["steps"])
+    for after in (1, 4):
+        path = tmp_path / f"parted{after}"
+        with pytest.raises(ZeroDivisionError):
+            tiny.run(path, RECIPE, watch=Interrupt(after))
+        tiny.run(path, RECIPE, resume=True)
+        assert record(path) == whole
+    with pytest.raises(ValueError, match="micro-batches"):
+        tiny.run(tmp_path / "small", replace(RECIPE, micro_batch=4))
+    assert not RunLog.exists(tmp_path / "small") or not record(tmp_path / "small")["steps"]
+
+
+def test_values_keep_what_attention_had_when_they_are_evaluated_clean() -> None:
+    """Inside and outside of the tail the learned model is one model."""
+    optimizer = method()
+    for _ in range(3):
+        step(optimizer, BATCHES["words"])
+    whole = group_losses(written(optimizer, torch.float64), BATCHES["words"])
+    plain = group_losses(written(optimizer, torch.float32), BATCHES["words"])
+    with optimizer.forking():
+        inside = group_losses(optimizer.model, BATCHES["words"])
+    outside = group_losses(optimizer.model, BATCHES["words"])
+    assert_no_worse(inside.float(), plain.float(), whole, "inside")
+    assert_no_worse(outside.float(), plain.float(), whole, "outside")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    (
+        ({"scaling": "std"}, "scaling 'plain'"),
+        ({"mode": "sequential"}, "mode 'stacked'"),
+        ({"spread": True}, "no spread"),
+        ({"sides": "one-sided"}, "sides is 'one-sided'"),
+        ({"optimizer": "momentum"}, "optimizer is 'momentum'"),
+        ({"optimizer": "sumo"}, "optimizer is 'sumo'"),
+        ({"layers": " , "}, "layers is ' , '"),
+        ({"layers": "out_proj"}, "'out_proj'; the last block has"),
+        ({"values": "vproj"}, "'vproj'; the last block has"),
+        ({"rank": 0}, "rank is 0"),
+        ({"outputs": 0}, "outputs is 0"),
+    ),
+)
+def test_bad_arguments(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        ZOActNode(fresh(), **arguments)
+
+
+@pytest.mark.parametrize("values", ("k_proj", "q_proj", "gate_proj"))
+def test_values_that_are_none(values: str) -> None:
+    optimizer = method(filled=False, values=values)
+    with pytest.raises(ValueError, match="values"):
+        optimizer.prepare([BATCHES["words"]], functools.partial(group_losses, optimizer.model))

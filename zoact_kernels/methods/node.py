@@ -1,0 +1,173 @@
+"""Noise on what linears give, not on their weights: behind the last attention, each label row its own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import first_order
+from ..layers import Perturbation
+from ..tail import Tail, Values
+from ..trainables import Coefficients, Nodes, Trainable, between
+from ..zeroth_order import Evaluation
+from .tail import ZOActTail, whitening
+
+
+class ZOActNode(ZOActTail):
+    """W_eff = D(W) + U S A^T as in zo-act-tail, S moved by noise on what the layer gives (node, activity perturbation).
+
+        y_b = x_b W_eff^T +- sigma z_bj U^T            z_bj [Q] of label row b in query j
+        dS  = 1/B sum_b mean_j d_bj z_bj (x_b A)       d_bj = (f_b+ - f_b-) / (2 sigma), the row's own example
+
+    A loss meets Q numbers of a layer where noise on S has Q R of them: the variance falls by the rank, and every
+    example of a forward has a direction of its own. Price: what is logged can't be replayed without the model.
+
+    The linear that makes the values of the last attention has no noise. Its C [N, R] moves by the chain rule, since the
+    way from it to the first of `layers` is linear where the weights of attention are fixed:
+
+        dC_k = 1/B sum_b sum_(h of k) (W_eff^T U g_b)_h (m_bh A)      g_b = mean_j d_bj z_bj of that layer,
+                                                                      m_bh mixture of head h (see `tail`)
+
+    layers, values: names of linears in the last block, comma-separated; values "" leaves them alone. rank, outputs: R
+    and Q. tail_cache: bytes of rows kept. Raises ValueError for names that the last block does not have, and as
+    zo-act-tail does.
+    """
+
+    name, paper = "zo-act-node", "arXiv 2210.03310"
+    summary = "of this package: zo-act-tail's numbers and attention's values, by noise on outputs, each row its own"
+    replayable = False  # the rows that noise is multiplied with are in no log
+    one_graph = False
+    known_sides = ("two-sided",)
+    recipe: ClassVar[dict[str, Any]] = {
+        "steps": 800, "batch_size": 256, "length_window": 0, "schedule": "cosine", "floor_every": 0,
+        "snapshot_every": 200,
+    }  # fmt: skip
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: str = "o_proj,down_proj",
+        values: str = "v_proj",
+        rank: int = 128,
+        outputs: int = 8,
+        queries: int = 2,
+        sigma: float = 1e-2,
+        lr: float = 1e-2,
+        spread: bool = False,
+        **others: Any,
+    ) -> None:
+        if others.get("scaling", "plain") != "plain" or others.get("mode", "stacked") != "stacked":
+            raise ValueError(f"{self.name} takes scaling 'plain' and mode 'stacked': each row has a weight of its own")
+        if spread:
+            raise ValueError(f"{self.name} takes no spread: each row has noise of its own as it is")
+        self.names = [name.strip() for name in layers.split(",") if name.strip()]
+        self.values = values.strip()
+        if not self.names:
+            raise ValueError(f"layers is {layers!r}; it names linears of the last block, comma-separated")
+        super().__init__(
+            model, rank=rank, outputs=outputs, queries=queries, sigma=sigma, lr=lr, spread=spread, **others
+        )
+
+    # --- what is trained ----------------------------------------------------------------------------------------------
+
+    def find(self, model: nn.Module, handle: Perturbation) -> list[Trainable]:
+        found = self.freed(model)
+        for name in (*self.names, *([self.values] if self.values else [])):
+            if not any(_called(full, name) for full in found):
+                known = ", ".join(full.rpartition(".")[2] for full in found)
+                raise ValueError(f"layers or values has {name!r}; the last block has the swapped linears {known}")
+        for full, layer in found.items():
+            if any(_called(full, name) for name in self.names):
+                self.give_bases(layer)
+        trained: list[Trainable] = between(model, Nodes)
+        for full, layer in found.items():
+            if self.values and _called(full, self.values):
+                layer.set_basis(
+                    torch.zeros(layer.in_features, min(self.rank, layer.in_features), device=layer.weight.device)
+                )
+                layer.perturbation = Perturbation()
+                layer.perturbation.idle = True  # its C moves, by no noise
+                trained.append(Coefficients(full, layer))
+        return trained
+
+    def make_rule(self, optimizer: str, trainables: Sequence[Trainable], **arguments: Any) -> Any:
+        if optimizer not in first_order.RULES or optimizer == "sumo":
+            raise ValueError(f"optimizer is {optimizer!r}; with {self.name} it may be sgd, adam or adamw")
+        del arguments["noise"]
+        values, ids = {t.name: t.value.detach() for t in trainables}, torch.cat([t.param_id for t in trainables])
+        return first_order.RULES[optimizer](values, ids, **arguments)
+
+    @functools.cached_property
+    def fork(self) -> Tail:
+        values = None
+        for t in self.trainables.values():
+            if isinstance(t, Coefficients):
+                config = self.model.config.get_text_config()  # type: ignore[operator, union-attr]
+                heads = config.num_attention_heads
+                width = getattr(config, "head_dim", None) or config.hidden_size // heads
+                values = Values(t.layer, heads, width)
+        return Tail(self.model, self.tail_cache, values)
+
+    @torch.no_grad()
+    def prepare(self, batches: Iterable[Any], evaluate: Callable[[Any], Tensor]) -> None:
+        self._mixed, self._mixed_count = torch.zeros(()), 0
+        super().prepare(batches, evaluate)
+        for t in self.trainables.values():
+            if isinstance(t, Coefficients):
+                assert t.layer.basis is not None
+                t.layer.basis.copy_(whitening(self._mixed / self._mixed_count, t.layer.rank))
+
+    def seen(self) -> None:
+        if self.fork.mixed is not None:
+            rows = self.fork.mixed.flatten(0, 1).double().cpu()
+            self._mixed = self._mixed + rows.T @ rows
+            self._mixed_count += len(rows)
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def _estimate(self, parts: Sequence[Evaluation], rows: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        if len(parts) > 1:
+            raise ValueError(f"{self.name} takes a whole batch; it is given in {len(parts)} micro-batches")
+        losses, weights = super()._estimate(parts, rows)
+        self.rule.gradients = self._gradients(losses)
+        return losses, weights
+
+    @torch.no_grad()
+    def _gradients(self, losses: Tensor) -> dict[str, Tensor]:
+        """Of the mean loss, from losses [2 q, B] and what the last forward left: {name: as the value}."""
+        B, read = losses.shape[1], self.fork.read
+        assert read is not None
+        d = (losses[0::2] - losses[1::2]) / (2 * self.sigma)  # [q, B]
+        own = d[:, read.sequences * B // self.fork.sequences].float()  # of each label row's example
+        found: dict[str, Tensor] = {}
+        attended = None
+        for t in self.trainables.values():
+            if isinstance(t, Nodes):
+                along = (own[..., None] * t.noise).mean(dim=0)  # [n, Q], the gradient by the output, along U
+                found[t.name] = along.T @ t.rows / B
+                attended = attended or (t, along)
+        for t in self.trainables.values():
+            if isinstance(t, Coefficients):
+                assert attended is not None and self.fork.values is not None and self.fork.mixed is not None
+                first, along = attended
+                found[t.name] = self._of_values(t, first, along) / B
+        return found
+
+    def _of_values(self, t: Coefficients, first: Nodes, along: Tensor) -> Tensor:
+        values, mixed, basis = self.fork.values, self.fork.mixed, t.layer.basis
+        assert values is not None and mixed is not None and basis is not None and first.layer.basis is not None
+        out = along @ first.left.T  # [n, N]
+        back = out @ first.layer.dequantize() + out @ first.coeff.detach() @ first.layer.basis.T
+        parts = t.value.shape[0] // values.width
+        back = back.view(len(back), parts, -1, values.width)
+        rows = (mixed.float() @ basis).view(len(back), parts, -1, basis.shape[1])
+        return torch.einsum("npgw,npgr->pwr", back, rows).flatten(0, 1)
+
+
+def _called(full: str, name: str) -> bool:
+    return full == name or full.endswith(f".{name}")

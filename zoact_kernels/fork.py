@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from .embedding import PackedEmbedding
-from .layers import Perturbation, ZOLinear, perturbation_of
+from .layers import ZOLinear, perturbation_of
 from .parameters import Perturbed
+from .perturbation import Perturbation
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

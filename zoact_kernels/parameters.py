@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import rng
-from .layers import Mask, Perturbation, Released, add_per_group, group_values, scaled
+from .perturbation import Mask, Perturbation, Released, add_per_group, group_values, scaled
 
 
 class Factors(NamedTuple):

@@ -15,7 +15,8 @@ from . import rng
 from .embedding import PackedEmbedding
 from .formats import FORMATS, quantize
 from .integrations.bitsandbytes import from_linear4bit, is_linear4bit, to_linear4bit
-from .layers import Perturbation, ZOLinear, perturbation_of, perturbed, zo_layers
+from .layers import ZOLinear, perturbation_of, perturbed, zo_layers
+from .perturbation import Perturbation
 
 __all__ = [
     "Perturbation",

@@ -27,8 +27,9 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
 from . import rng
-from .layers import ZOLinear, add_per_group, group_values, perturbation_of
+from .layers import ZOLinear, perturbation_of
 from .parameters import Perturbed, ZODense, ZOEmbedding, mixture
+from .perturbation import add_per_group, group_values
 
 ATTENTIONS = ("eager", "sdpa")  # of transformers: made of torch ops, each with a formula for tangents
 # Functions that may be given a tangent and return none: of a tensor they take the shape, the dtype, or the value alone.

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from . import estimators, ops, optim, rng
 from .activations import evaluating
 from .fork import Fork, fork_of
-from .layers import Perturbation, perturbed, release
+from .layers import perturbed, release
+from .perturbation import Perturbation
 from .tail import Tail
 from .trainables import Trainable
 

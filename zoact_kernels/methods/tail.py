@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..fork import running
-from ..layers import Perturbation, zo_layers
+from ..layers import zo_layers
+from ..perturbation import Perturbation
 from ..tail import Tail
 from ..trainables import Between, Trainable, between
 from ..zeroth_order import ZeroOrder

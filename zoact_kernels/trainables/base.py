@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..embedding import PackedEmbedding
-from ..layers import Mask, ZOLinear, zo_layers
+from ..layers import ZOLinear, zo_layers
+from ..perturbation import Mask
 
 
 class Trainable:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import rng
-from ..layers import Perturbation, ZOLinear, base_product, zo_layers
+from ..layers import ZOLinear, base_product, zo_layers
 from ..optim import check_entries
+from ..perturbation import Perturbation
 from .base import Trainable
 
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from .. import rng
 from ..basis import recompress
 from ..formats import CHUNK
-from ..layers import Perturbation, ZOLinear, zo_layers
+from ..layers import ZOLinear, zo_layers
 from ..optim import check_entries
 from ..parameters import Factors, Perturbed, ZODense, ZOEmbedding
+from ..perturbation import Perturbation
 from .base import Trainable, untied_layers
 from .weight import Weight, weights
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import rng
-from ..layers import ZOLinear, group_values, zo_layers
+from ..layers import ZOLinear, zo_layers
 from ..optim import check_entries
+from ..perturbation import group_values
 from .base import Trainable, untied_layers
 from .factors import Coefficients
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from .. import rng
 from ..embedding import PackedEmbedding
-from ..layers import Mask, Perturbation, ZOLinear, zo_layers
+from ..layers import ZOLinear, zo_layers
 from ..optim import check_entries
 from ..parameters import Perturbed, perturb
+from ..perturbation import Mask, Perturbation
 from .base import Trainable
 
 UNDECAYED = ("bias", "layer_norm", "layernorm")  # in MeZO's released code; a final norm called `norm` decays

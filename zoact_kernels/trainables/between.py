@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 
 from .. import rng
 from ..layers import ZOLinear, base_product, zo_layers
-from ..optim import check_entries
 from ..perturbation import Perturbation
 from .base import Trainable
 
@@ -50,10 +48,6 @@ class Between(Trainable):
 
     def held(self) -> dict[str, Tensor]:
         return {"left": self.left}
-
-    def take(self, held: Mapping[str, Tensor]) -> None:
-        check_entries(held, self.held(), f"state of {self.name}")
-        self.left.copy_(held["left"])
 
     def anatomy(self) -> dict[str, Any]:
         layer = self.layer

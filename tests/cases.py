@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from zoact_kernels import native
-from zoact_kernels.formats import PackedWeight, quantize
+from zoact_kernels.formats import PackedWeight
+from zoact_kernels.quantize import quantize
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 

@@ -22,7 +22,6 @@ import torch
 
 from zoact_kernels import rng
 from zoact_kernels.embedding import PackedEmbedding, take_rows
-from zoact_kernels.formats import quantize
 from zoact_kernels.integrations.gguf import (
     GGUFError,
     llama_config,
@@ -34,6 +33,7 @@ from zoact_kernels.integrations.gguf import (
 from zoact_kernels.integrations.gguf_file import BLOCK_TYPES, TensorReader
 from zoact_kernels.integrations.transformers import load_model
 from zoact_kernels.layers import ZOLinear
+from zoact_kernels.quantize import quantize
 from zoact_kernels.swap import ZOConfig, perturbation_of, perturbed, zo_layers
 
 gguf = pytest.importorskip("gguf")

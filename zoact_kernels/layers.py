@@ -157,7 +157,7 @@ class ZOLinear(nn.Module):
         method: str = "mse",
     ) -> ZOLinear:
         """Quantise an `nn.Linear` (weight [N, K], fp32, bf16 or fp16) and wrap it."""
-        from .formats import quantize
+        from .quantize import quantize
 
         packed = quantize(linear.weight.detach(), format, group_size, method=method)
         layer = cls.from_packed(packed, linear.bias, rank=rank, name=name)

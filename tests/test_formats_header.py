@@ -73,8 +73,6 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, torch.int8: 4}
-
-
 FORMAT = {name: number for number, name in enumerate(("dense", "int8", "int4", "nf4", "fp4"))}
 
 

@@ -11,11 +11,7 @@ from zoact_kernels.formats import PackedWeight
 from zoact_kernels.quantize import quantize
 
 NS = (1, 7, 16, 63, 64, 65, 100)
-
-
 KS = (1, 7, 8, 63, 64, 100, 193, 576)
-
-
 SHAPES = tuple((N, K) for i, N in enumerate(NS) for j, K in enumerate(KS) if (i + j) % 3 == 0 or N * K == 100 * 193)
 
 

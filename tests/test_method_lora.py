@@ -27,6 +27,8 @@ from zoact_kernels.swap import ZOConfig, swap, unswap
 from zoact_kernels.trainables import LoraA
 from zoact_kernels.trainer import base_hash
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FORMATS = ("dense", "int4")
 LAYERS = {"up": (31, 23), "down": (23, 31)}
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -28,6 +28,7 @@ class Perturbation:
     noise: str
     copies: int  # of the batch that a forward is given: `groups`, or fewer where groups share one between them
     leading: tuple[int, ...]  # sizes that the leading dimension of a layer's x may have; () = any multiple of groups
+    sequences: int  # leading size of the last table's ids in this block, 0 before: how often ids [1, T] stand for
     tangent: bool  # noise is not added to a value, but is its tangent (room `tangent`)
 
     def __init__(self) -> None:
@@ -36,7 +37,7 @@ class Perturbation:
         self.sigmas = torch.zeros(1, 1)
         self.groups = self.copies = 1
         self.noise = "normal"
-        self.leading = ()
+        self.leading, self.sequences = (), 0
         self.tangent = False
 
     def set(self, seeds: Tensor, sigmas: Tensor, noise: str, leading: tuple[int, ...], copies: int = 0) -> None:
@@ -58,7 +59,7 @@ class Perturbation:
             self.sigmas.copy_(sigmas)
         else:
             self.sigmas = sigmas.clone()
-        self.groups, self.noise, self.leading = sigmas.shape[0], noise, leading
+        self.groups, self.noise, self.leading, self.sequences = sigmas.shape[0], noise, leading, 0
         self.copies = copies or self.groups
 
     def sigmas_of(self, name: str, x: Tensor, row_group: int | None = None) -> Tensor:

@@ -179,6 +179,7 @@ class _TangentEmbedding(ZOEmbedding):
         assert weight is not None
         if not p.active:
             return super().forward(ids)
+        ids = self.own_ids(ids)
         sigmas, rows = p.sigmas_of(self.zo_name, ids), nn.functional.embedding(ids, weight.detach())
         moved = rows.new_zeros(len(sigmas), ids.numel() // len(sigmas), rows.shape[-1], dtype=torch.float32)
         for s, seed in enumerate(p.seeds):

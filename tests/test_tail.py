@@ -137,6 +137,36 @@ def test_a_hit_is_a_miss_bit_for_bit(batch: str) -> None:
     assert torch.equal(first, step(other, given).losses)
 
 
+CHANGES = {
+    "table": lambda model: model.model.embed_tokens.weight.mul_(1.5),
+    "scale": lambda model: model.model.layers[0].mlp.down_proj.scale.mul_(1.5),
+    "norm replaced": lambda model: setattr(model.model.norm, "weight", nn.Parameter(1.5 * model.model.norm.weight)),
+    "W of the trained linear": lambda model: model.model.layers[-1].mlp.down_proj.scale.mul_(1.5),
+    "head": lambda model: model.lm_head.weight.mul_(1.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@torch.no_grad()
+def test_weights_that_change_are_seen(change: Any) -> None:
+    model, other, given = fresh(), fresh(), BATCHES["words"]
+    optimizer = method(model)
+    first = step(optimizer, given).losses
+    change(model)
+    change(other)
+    optimizer.iteration = 0
+    second = step(optimizer, given).losses
+    assert torch.equal(second, step(method(other), given).losses) and not torch.equal(second, first)
+
+
+def test_steps_of_its_own_forget_nothing() -> None:
+    optimizer, given = method(fresh(), lr=0.05), BATCHES["words"]
+    step(optimizer, given)
+    misses = optimizer.fork.cache.misses
+    step(optimizer, given)
+    assert optimizer.fork.cache.misses == misses
+
+
 @pytest.mark.parametrize("where", ("", "*mlp.down_proj"))
 @pytest.mark.parametrize("asked", (2, 7, 13))
 def test_what_is_kept_does_not_depend_on_company(where: str, asked: int) -> None:

@@ -21,7 +21,7 @@ import contextlib
 import functools
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -176,7 +176,7 @@ class Fork:
         given = list(_tensors((args, kwargs)))
         if self.cache is None and given[0].device.type != "cpu" and self.handle.active and self.handle.groups > 1:
             return None  # a stacked step sees its batch once; to compare it, the host would wait for the device
-        state = _state(self._prefix)
+        state = versions(self._prefix)
         if state != self._prefix_state:
             self.forget()
             self._prefix_state = state
@@ -360,12 +360,12 @@ def running(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
             module.__dict__["forward"] = own
 
 
-def _state(modules: list[nn.Module]) -> list[tuple[int, int]]:
-    """What tells whether tensors of these modules were replaced or written to."""
+def versions(modules: Iterable[nn.Module], trained: Container[nn.Module] = ()) -> list[tuple[int, int]]:
+    """What tells whether tensors of these modules were replaced or written to; of `trained` ones, of their buffers."""
     return [
         (t.data_ptr(), 0 if t.is_inference() else t._version)
         for module in modules
-        for t in (*module._parameters.values(), *module._buffers.values())
+        for t in (*(() if module in trained else module._parameters.values()), *module._buffers.values())
         if t is not None
     ]
 

@@ -38,6 +38,7 @@ from .fork import (
     moves,
     right_padded,
     running,
+    versions,
     with_hidden,
 )
 from .layers import ZOLinear, base_product, perturbation_of
@@ -89,10 +90,12 @@ class Tail:
         self._call: _Call | None = None
         self._labels: Labels | None = None
         self._words: dict[bytes, tuple[Tensor, Tensor]] = {}
+        self._modules = list(model.modules())
+        self._state: list[tuple[int, int]] = []
         self._checked = False
 
     def forget(self) -> None:
-        """Drop what is kept; for a model that has changed before the tail."""
+        """Drop what is kept; for a model that has changed in a way that its tensors do not show."""
         self.cache.clear()
         self._words.clear()
 
@@ -103,7 +106,14 @@ class Tail:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
-        """Inside the block `losses` of the model run its tail. Not to nest."""
+        """Inside the block `losses` of the model run its tail. Not to nest.
+
+        What was kept is dropped if a tensor of the model was replaced or written to since, C of its linears aside.
+        """
+        state = versions(self._modules, {linear for linear in self.linears.values() if moves(linear)})
+        if state != self._state:
+            self.forget()
+            self._state = state
         with contextlib.ExitStack() as stack:
             stack.enter_context(running(self.body, self._run_body))
             for index, block in enumerate(self.blocks):

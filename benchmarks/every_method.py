@@ -104,6 +104,12 @@ def measure(method: str, steps: int, model: str, log: Path) -> dict[str, Any]:
         }  # fmt: skip
 
 
+def known(file: Path) -> dict[str, dict[str, Any]]:
+    """The rows that are there, by method."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return {row["method"]: row for row in map(json.loads, lines)}
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows in the order of METHODS, as markdown."""
     order = list(METHODS)
@@ -147,17 +153,15 @@ def main() -> int:
     from zoact_kernels.finetune import demo_job
 
     model = given.model or demo_job().model
-    file, rows = given.out / ROWS, {}
-    if file.exists():
-        rows = {row["method"]: row for row in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
-    good = [name for name, row in rows.items() if row["steps"] == given.steps and not row["code"]]
+    file = given.out / ROWS
+    good = [name for name, row in known(file).items() if row["steps"] == given.steps and not row["code"]]
     due = [name for name in given.method or METHODS if given.again or name not in good]
     given.logs.mkdir(parents=True, exist_ok=True)
     failed = []
     with Progress(TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
         for name in progress.track(due, description="methods"):
             row = measure(name, given.steps, model, given.logs / f"{name}.log")
-            rows[name] = {**row, "machine": machine()}
+            rows = known(file) | {name: {**row, "machine": machine()}}  # another may have written in the meantime
             write_whole(file, "".join(json.dumps(row) + "\n" for row in rows.values()))
             write_whole(given.out / "methods.md", table(list(rows.values())))
             failed += [name] * bool(row["code"])

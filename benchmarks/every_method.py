@@ -105,9 +105,9 @@ def measure(method: str, steps: int, model: str, log: Path) -> dict[str, Any]:
 
 
 def known(file: Path) -> dict[str, dict[str, Any]]:
-    """The rows that are there, by method."""
+    """The rows that are there, by method; without those of methods that are gone."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return {row["method"]: row for row in map(json.loads, lines)}
+    return {row["method"]: row for row in map(json.loads, lines) if row["method"] in METHODS}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -136,6 +136,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"| {row['method']} | {weights} | {row['steps']} | {row['skipped']} | {row['seconds']:.0f} | "
             f"{row['forwards']:,.0f} | {row['first']:.4f}, {row['last']:.4f} | {held} |"
         )
+    if missing := [name for name in METHODS if name not in {row["method"] for row in rows}]:
+        lines += ["", f"Not run yet (`make every-method` goes on): {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
 
 

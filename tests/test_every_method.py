@@ -39,7 +39,10 @@ def run(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> int:
 
 def test_goes_on_and_fails(asked: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert run(monkeypatch, tmp_path, "--method", "qzo", "--method", "zo-act") == 0
+    told = (tmp_path / "methods.md").read_text()
+    assert f"goes on): {', '.join(name for name in METHODS if name not in asked)}." in told
     assert run(monkeypatch, tmp_path) == 1
+    assert "Not run yet" not in (tmp_path / "methods.md").read_text()
     assert asked == ["qzo", "zo-act", *(name for name in METHODS if name not in ("qzo", "zo-act"))]
     asked.clear()
     assert run(monkeypatch, tmp_path) == 1 and asked == ["mezo"]

@@ -24,7 +24,7 @@ export ZOACT_BUILD_CPU ?= $(if $(STRICT),1,auto)
 # Minutes for nothing without a GPU: tests compile csrc/cuda themselves, for the CPU. ZOACT_BUILD_CUDA=1 make ... does it.
 export ZOACT_BUILD_CUDA ?= 0
 
-.PHONY: setup build test soak sanitize check format demo bench bench-peers bench-gpu test-gpu gpu-report clean
+.PHONY: setup build test soak sanitize check format demo bench bench-peers every-method bench-gpu test-gpu gpu-report clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -56,6 +56,10 @@ demo: $(BUILT)
 
 bench: $(BUILT)
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+# Every row of `zoact methods` from the command line for 20 steps (an hour or two); goes on where it was stopped.
+every-method: $(BUILT)
+	$(BIN)/python -m benchmarks.every_method $(ARGS)
 
 # The libraries that the benchmark compares with; nothing else needs them.
 bench-peers: $(READY)

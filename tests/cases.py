@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from zoact_kernels import native
-from zoact_kernels.formats import PackedWeight, quantize
+from zoact_kernels.formats import PackedWeight
+from zoact_kernels.quantize import quantize
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -128,6 +129,15 @@ def full(grid: Mapping[str, Sequence[Any]], crossed: Sequence[str]) -> Iterator[
         for pace, name in enumerate(rest):
             row[name] = grid[name][(count * (2 * pace + 1) + count // 7 ** (pace % 4)) % len(grid[name])]
         yield Case(tuple((name, row[name]) for name in grid))
+
+
+def check_grid(check: Callable[[Case], None], grid: Mapping[str, Sequence[Any]], crossed: Sequence[str]) -> None:
+    """`check` every case of the full grid; the one at fault is named."""
+    for case in full(grid, crossed):
+        try:
+            check(case)
+        except AssertionError as error:
+            raise AssertionError(str(case)) from error
 
 
 def stored(name: str, N: int, K: int) -> PackedWeight | None:

@@ -54,6 +54,12 @@ def clean_slate() -> Iterator[None]:
     torch.set_num_threads(THREADS)
 
 
+@pytest.fixture
+def one_thread(clean_slate: None) -> None:
+    """For bits of torch's own kernels, whose sums may follow the threads, and for forked children, without a pool."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """torch.empty returns NaN (integers: the largest value): an output that nobody wrote passes no comparison."""

@@ -14,7 +14,8 @@ import torch
 
 from zoact_kernels import ops
 from zoact_kernels.dispatch import IMPLEMENTATIONS
-from zoact_kernels.formats import LAYOUTS, quantize
+from zoact_kernels.formats import LAYOUTS
+from zoact_kernels.quantize import quantize
 
 N, K, R = 70, 1300, 5  # no tile, no vector and no group divides them; K is split
 

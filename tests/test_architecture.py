@@ -17,10 +17,10 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Top to bottom: a room imports only rooms above it. A folder is one room, but for its files that are named here.
 ROOMS = """
-    rng layouts quantizers formats directions reference workspace triton_ops native cpu_ops cuda_ops dispatch
-    autograd ops layers parameters tangent embedding integrations.bitsandbytes swap activations basis estimators optim
-    first_order trainables fork tail zeroth_order methods losses step_graph memory backend runlog plots trainer replay
-    distributed data demo integrations finetune learning study cli __main__
+    rng layouts fits formats quantize directions reference workspace triton_ops native cpu_ops cuda_ops dispatch
+    autograd ops perturbation layers parameters tangent embedding integrations.bitsandbytes swap activations basis
+    estimators optim first_order trainables fork tail state zeroth_order methods losses step_graph memory backend runlog
+    plots trainer replay distributed data demo integrations finetune learning study cli __main__
 """.split()
 
 # What only its own room may import, and only when asked (law 2.8).

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zoact_kernels.formats import FORMATS, PackedWeight, quantize
+from zoact_kernels.formats import FORMATS, PackedWeight
 from zoact_kernels.integrations.bitsandbytes import from_linear4bit, is_linear4bit, to_linear4bit
 from zoact_kernels.layouts import pack_nibbles
+from zoact_kernels.quantize import quantize
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from zoact_kernels import methods, rng
 from zoact_kernels.directions import DIRECTIONS, delta, lazy_factor, mean_estimate, multi_seed
-from zoact_kernels.formats import quantize
 from zoact_kernels.layers import ZOLinear, perturbed
+from zoact_kernels.quantize import quantize
 
 N, K, R = 5, 7, 2
 SAMPLES = 1500

@@ -1,4 +1,4 @@
-"""The model of benchmarks/gpu_report.py: formulas against cases worked out by hand, the report against its table."""
+"""What a GPU would need, and its report: formulas against cases worked out by hand, the report against its table."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 import torch
 from cuda_lane import CSRC, Lane
 
-from benchmarks import gpu_report
-from benchmarks.gpu_report import BITS, CARDS, LATENCY, Card, Launch, crossover, occupancy
+from benchmarks import gpu_model, gpu_report
+from benchmarks.cases import GPU_ROWS, GPU_SHAPES, SHAPES
+from benchmarks.gpu_model import BITS, CARDS, LATENCY, Card, Launch, crossover, occupancy
 from zoact_kernels import dispatch, native
 from zoact_kernels.cuda_ops import ZoLinear
 from zoact_kernels.formats import PackedWeight
@@ -78,7 +79,7 @@ def test_bounds_of_a_launch() -> None:
 def test_bytes_and_flops_of_a_call() -> None:
     """M = 8, N = K = 4096, R = 8: a weight of 4096 * 4096 * 17 / 32 bytes, x and y of 64 KiB, A and C of 128 KiB."""
     weight, row, factor = 4096 * 4096 * 17 // 32, 8 * 4096 * 2, 4096 * 8 * 4
-    ours = {launch.name: launch for launch in gpu_report.triton(8, 4096, 4096, 8, H100, TABLE)}
+    ours = {launch.name: launch for launch in gpu_model.triton(8, 4096, 4096, 8, H100, TABLE)}
     assert set(ours) == {"project", "product", "finish"}
     assert ours["project"].flops == 2 * 8 * 4096 * 8
     assert ours["project"].bytes == row + factor + 8 * 8 * 8 * 4  # h in 8 parts
@@ -86,18 +87,18 @@ def test_bytes_and_flops_of_a_call() -> None:
     assert ours["product"].bytes == weight + row + sums and ours["product"].flops == 2 * 8 * 4096 * 4096
     assert ours["finish"].bytes == sums + factor + 8 * 8 * 4 + row
     assert (ours["product"].programs, ours["product"].steps, ours["product"].stage) == (128, 32, 2048)
-    plain = {launch.name: launch for launch in gpu_report.unfused(8, 4096, 4096, 8)}
+    plain = {launch.name: launch for launch in gpu_model.unfused(8, 4096, 4096, 8)}
     assert plain["dequantise"].bytes == weight + 2 * 4096 * 4096
     assert plain["GEMM"].bytes == 2 * 4096 * 4096 + 2 * row
     assert plain["randn"].bytes == 2 * 4096 * 8 and plain["C + sigma Z"].bytes == 2 * 3 * 2 * 4096 * 8
-    eager = {launch.name: launch for launch in gpu_report.unfused(8, 4096, 4096, 8, eager=True)}
+    eager = {launch.name: launch for launch in gpu_model.unfused(8, 4096, 4096, 8, eager=True)}
     assert eager["dequantise"].bytes == 15 * 4096 * 4096
-    panel = {launch.name: launch for launch in gpu_report.panel(512, 4096, 4096, 8, H100, TABLE)}
+    panel = {launch.name: launch for launch in gpu_model.panel(512, 4096, 4096, 8, H100, TABLE)}
     assert panel["GEMM"].bytes == 2 * 4096 * 4096 + 2 * 512 * 4096 + 4 * 512 * 4096
 
 
 def cuda(M: int, N: int, K: int, card: Card = A100) -> dict[str, Launch]:
-    return {launch.name: launch for launch in gpu_report.cuda(M, N, K, 8, card, CUDA_TABLE)}
+    return {launch.name: launch for launch in gpu_model.cuda(M, N, K, 8, card, CUDA_TABLE)}
 
 
 def test_bytes_and_flops_of_the_cuda_way() -> None:
@@ -116,7 +117,7 @@ def test_bytes_and_flops_of_the_cuda_way() -> None:
     assert product.multiplied == 2 * product.flops  # x with ones, for the offsets
     assert cuda(8, 4096, 4096, H100)["product"].multiplied == pytest.approx(2 * product.flops * 4 / 3)
     assert sum(launch.flops for launch in ours.values()) == sum(
-        launch.flops for launch in gpu_report.triton(8, 4096, 4096, 8, A100, TABLE)
+        launch.flops for launch in gpu_model.triton(8, 4096, 4096, 8, A100, TABLE)
     )
 
 
@@ -156,12 +157,12 @@ def test_bounds_of_the_cuda_way() -> None:
 
 def test_every_launch_of_ours_has_its_machine_code() -> None:
     for card in CARDS:
-        for shape in gpu_report.GPU_SHAPES:
-            for M in gpu_report.GPU_ROWS:
-                N, K = gpu_report.SHAPES[shape]
-                for launch in gpu_report.triton(M, N, K, 8, card, TABLE):
+        for shape in GPU_SHAPES:
+            for M in GPU_ROWS:
+                N, K = SHAPES[shape]
+                for launch in gpu_model.triton(M, N, K, 8, card, TABLE):
                     assert launch.code and "issue" in launch.bounds(card), f"{launch.name} {shape} M={M} {card.name}"
-                for launch in gpu_report.cuda(M, N, K, 8, card, CUDA_TABLE):
+                for launch in gpu_model.cuda(M, N, K, 8, card, CUDA_TABLE):
                     bounds = launch.bounds(card)
                     assert launch.code, f"{launch.name} {shape} M={M} {card.name}"
                     assert ("issue" in bounds) == ("latency" in bounds) == (launch.name == "product")
@@ -172,9 +173,9 @@ def test_sizes_are_those_of_the_sources() -> None:
         (CSRC / "cuda" / name).read_text() for name in ("weight.cuh", "tile.cuh", "low_rank.cuh", "zo_linear.cu")
     )
     sizes = {name: int(value) for name, value in re.findall(r"\b([A-Z_]+) = (\d+)\b", text)}
-    assert sizes["TILE_N"] * sizes["WARPS"] == gpu_report.BN and sizes["TILE_K"] == gpu_report.BK
+    assert sizes["TILE_N"] * sizes["WARPS"] == gpu_model.BN and sizes["TILE_K"] == gpu_model.BK
     for name in ("STAGES", "CHUNK", "ROWS", "RANKS"):
-        assert sizes[name] == getattr(gpu_report, name), name
+        assert sizes[name] == getattr(gpu_model, name), name
 
 
 def test_tiles_and_splits_are_those_of_the_launcher(tmp_path: Path) -> None:
@@ -183,15 +184,15 @@ def test_tiles_and_splits_are_those_of_the_launcher(tmp_path: Path) -> None:
     size = lane.host.kernels.zo_linear_workspace
     size.restype = ctypes.c_int64
     there = torch.zeros(4)
-    shapes = [*gpu_report.SHAPES.values(), (64, 512), (65, 1023), (1, 1024), (8192, 8192), (8193, 8192), (300, 7777)]
+    shapes = [*SHAPES.values(), (64, 512), (65, 1023), (1, 1024), (8192, 8192), (8193, 8192), (300, 7777)]
     for N, K in shapes:
         for M in (1, 8, 9, 32, 33, 64, 65, 500):
             fields = dict(M=M, N=N, K=K, R=8, codes=there, basis=there, group_size=64)
             z = ZoLinear(**dict.fromkeys(ZoLinear.kinds) | fields)
-            splits, blocks = gpu_report.splits_of(N, K)
+            splits, blocks = gpu_model.splits_of(N, K)
             assert (splits - 1) * blocks * 64 < K <= splits * blocks * 64
-            padded = gpu_report.filled(M, gpu_report.rows_of(M)) * gpu_report.filled(N, 64)
-            expected = -(-K // gpu_report.CHUNK) * M * 8 + (splits * padded if splits > 1 else 0)
+            padded = gpu_model.filled(M, gpu_model.rows_of(M)) * gpu_model.filled(N, 64)
+            expected = -(-K // gpu_model.CHUNK) * M * 8 + (splits * padded if splits > 1 else 0)
             assert size(ctypes.byref(z)) == expected, (M, N, K)
 
 
@@ -210,29 +211,29 @@ def shipped(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.target)
 def test_dispatch_is_the_one_of_the_package(card: Card, shipped: tuple[str, ...]) -> None:
     """A weight moved to the card, then `explain`; cost of Triton: that of a weight in layout `row`."""
-    for shape in gpu_report.GPU_SHAPES:
-        N, K = gpu_report.SHAPES[shape]
+    for shape in GPU_SHAPES:
+        N, K = SHAPES[shape]
         codes = torch.empty(N, K // 2, dtype=torch.uint8, device="meta")
         scale = torch.empty(N, K // 64, dtype=torch.bfloat16, device="meta")
         layout = gpu_layout(PackedWeight("int4", "row", 64, N, K, codes, scale), card.target)
         assert layout == "cuda"
-        for M in gpu_report.GPU_ROWS:
+        for M in GPU_ROWS:
             problem = dispatch.Problem(
                 "zo_linear", "cuda", torch.bfloat16, M, N, K, "int4", layout, 64, codes.dtype, scale.dtype, 8, 0,
                 2 if M > 1 else 1, 1, "normal", (), card.target,
             )  # fmt: skip
             told, row = dispatch.explain(problem), dispatch.explain(problem._replace(layout="row"))
-            chosen, costs = gpu_report.dispatched(M, N, K, card, shipped)
+            chosen, costs = gpu_model.dispatched(M, N, K, card, shipped)
             assert chosen == told.chosen and "layout" in told.refusals["triton"]
-            seconds = {name: told.seconds.get(name, row.seconds.get(name)) for name in gpu_report.OURS}
+            seconds = {name: told.seconds.get(name, row.seconds.get(name)) for name in gpu_model.OURS}
             assert costs == pytest.approx(seconds, rel=1e-3)
 
 
 def test_without_cuda_kernels_triton_may_run() -> None:
     """Of kernels for 8.0 alone none runs on 9.0 but by PTX; of none at all, none."""
     pytest.importorskip("triton")
-    assert gpu_report.dispatched(8, 4096, 4096, H100, ())[0] == "triton"
-    assert gpu_report.dispatched(8, 4096, 4096, H100, ("80",))[0] == "cuda"
+    assert gpu_model.dispatched(8, 4096, 4096, H100, ())[0] == "triton"
+    assert gpu_model.dispatched(8, 4096, 4096, H100, ("80",))[0] == "cuda"
 
 
 def test_disputes_are_told_by_card_and_way() -> None:
@@ -263,4 +264,4 @@ def test_the_committed_report_is_made_of_the_committed_table(tmp_path: Path, mon
     text = (RESULTS / "gpu_report.md").read_text()
     assert "A model, not a measurement." in text
     data = json.loads((RESULTS / "gpu_report.json").read_text())
-    assert len(data["calls"]) == len(CARDS) * len(gpu_report.GPU_SHAPES) * len(gpu_report.GPU_ROWS)
+    assert len(data["calls"]) == len(CARDS) * len(GPU_SHAPES) * len(GPU_ROWS)

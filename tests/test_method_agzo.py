@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import zlib
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from close import assert_no_worse
+from invariants import descends, resumes
 from safetensors.torch import load_file
 from test_cli import options, zoact
-from test_methods_dense import B, Net, evaluation, ids, losses, plain_net, run, seeds_of
+from test_methods_dense import B, Net, evaluation, ids, plain_net, run, seeds_of
 from test_methods_low_rank import base, swapped
 from tiny_model import make_model_dir, write_examples
 from torch import Tensor, nn
@@ -206,16 +206,11 @@ def test_two_sided_is_zo_act_with_a_fresh_basis(rank):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_step_descends_and_flipped_ascends(format):
-    for sign in (1, -1):
+    def fresh() -> tuple[AGZO, methods.Evaluation]:
         net = swapped(format)
-        optimizer = make("one-sided", net, lr=1e-3, queries=4)
-        x = ids()
-        before = float(losses(net, x).detach().mean())
-        optimizer.lr = sign * optimizer.lr
-        for _ in range(20):
-            optimizer.step_on([evaluation(net, x)])
-        after = float(losses(net, x).detach().mean())
-        assert after < 0.9 * before if sign > 0 else after > 1.1 * before
+        return make("one-sided", net, lr=1e-3, queries=4), evaluation(net, ids())
+
+    descends(fresh)
 
 
 # --- where a step goes ------------------------------------------------------------------------------------------------
@@ -260,30 +255,12 @@ def test_sixteen_bit_weights_are_rounded_stochastically():
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_resume_after_every_step(preset, format):
-    """Bitwise, across two windows, by evaluating: a replay is declined. Nothing global is read or left."""
+    """Bitwise, across two windows, by evaluating: a replay is declined."""
 
     def fresh(**changes: Any) -> AGZO:
         return make(preset, swapped(format), **{"seed": 9, "window": 2, "delta_rank": 3, **changes})
 
-    optimizer = fresh()
-    states, log, generator = [optimizer.state_dict()], [], torch.get_rng_state()
-    for _ in range(5):
-        log += run(optimizer, 1)
-        states.append(optimizer.state_dict())
-    assert torch.equal(torch.get_rng_state(), generator)
-    for after in range(6):
-        resumed = fresh(seed=0)
-        resumed.load_state_dict(states[after])
-        got = run(resumed, 5 - after)
-        assert all(torch.equal(a.losses, b.losses) for a, b in zip(got, log[after:], strict=True))
-        now = resumed.state_dict()
-        assert now.keys() == states[-1].keys() and all(
-            torch.equal(tensor, states[-1][key]) or key in ("floor", "seed") for key, tensor in now.items()
-        )
-    with pytest.raises(ValueError, match="can't be replayed"):
-        fresh().replay(log)
-    with pytest.raises(RuntimeError, match="make the optimizer after"):  # of a copy
-        run(copy.deepcopy(optimizer), 1)
+    resumes(fresh, run, 5, replays=False)
 
 
 @pytest.mark.parametrize("format", FORMATS)

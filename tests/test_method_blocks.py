@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from close import assert_no_worse
+from invariants import same_in_parts
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -466,14 +467,7 @@ def test_resume_and_replay(preset: str, rule: str) -> None:
 
 @pytest.mark.parametrize("preset", METHODS)
 def test_sequential_and_micro_batches_are_the_same_step(preset: str) -> None:
-    results = []
-    for changes, parts in (({}, 1), ({"mode": "sequential"}, 1), ({}, 3)):
-        net = swapped(tied=False)
-        results.append((run(make(preset, net, lr=0.05, **changes), 2, parts), values(net)))
-    for steps, after in results[1:]:
-        for a, b in zip(steps, results[0][0], strict=True):
-            assert torch.equal(a.losses, b.losses) and torch.equal(a.weights, b.weights)
-        assert all(torch.equal(w, results[0][1][n]) for n, w in after.items())
+    same_in_parts(lambda **changes: make(preset, swapped(tied=False), lr=0.05, **changes), run, 2, look=values)
 
 
 @pytest.mark.parametrize("preset", METHODS)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from close import allowed, assert_no_worse
+from invariants import descends, resumes, same_in_parts
 from safetensors.torch import load_file
 from test_cli import options, steps_of, zoact
-from test_methods_dense import B, Net, evaluation, ids, losses, plain_net, run, seeds_of
+from test_methods_dense import B, Net, evaluation, ids, plain_net, run, seeds_of
 from test_methods_low_rank import base, factor
 from tiny_model import make_model_dir, write_examples
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ from zoact_kernels.methods import ZeroOrder
 from zoact_kernels.swap import ZOConfig, swap, unswap
 from zoact_kernels.trainables import LoraA
 from zoact_kernels.trainer import base_hash
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FORMATS = ("dense", "int4")
 LAYERS = {"up": (31, 23), "down": (23, 31)}
@@ -179,51 +182,16 @@ def test_one_query_of_p_rge_is_zo_act_on_a_random_basis(format):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_resume_and_replay_after_every_step(preset, format):
-    def fresh(**changes: Any) -> tuple[Net, ZeroOrder]:
-        net = swapped(format)
-        return net, make(preset, net, **{"lr": 5e-3, "seed": 9, **changes})
+    def fresh(**changes: Any) -> ZeroOrder:
+        return make(preset, swapped(format), **{"lr": 5e-3, "seed": 9, **changes})
 
-    optimizer = fresh()[1]
-    states, log = [optimizer.state_dict()], []
-    for _ in range(4):
-        log += run(optimizer, 1)
-        states.append(optimizer.state_dict())
-
-    def same(other: ZeroOrder) -> bool:
-        now = other.state_dict()
-        return now.keys() == states[-1].keys() and all(
-            torch.equal(tensor, states[-1][key]) or key in ("floor", "seed") for key, tensor in now.items()
-        )
-
-    for after in range(5):
-        net, resumed = fresh(seed=0)
-        resumed.load_state_dict(states[after])
-        got = run(resumed, 4 - after)
-        assert all(torch.equal(a.losses, b.losses) for a, b in zip(got, log[after:], strict=True))
-        assert same(resumed) and torch.equal(net(ids()), optimizer.model(ids()))
-    again, replayed = fresh(lr=123.0)
-    again.forward = None  # never evaluated
-    replayed.replay(log)
-    assert same(replayed)
+    resumes(fresh, run, 4, look=lambda net: {"y": net(ids())})
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_sequential_and_micro_batches_are_the_same_step(preset, format):
-    """And nothing is read from, or left in, a global generator."""
-    results, generator = [], torch.get_rng_state()
-    for changes, parts in (({}, 1), ({"mode": "sequential"}, 1), ({}, 3)):
-        optimizer = make(preset, swapped(format), lr=5e-3, **changes)
-        steps = run(optimizer, 3, parts)
-        results.append((steps, optimizer.state_dict()))
-        torch.set_rng_state(generator) if len(results) == 1 else None  # plain_net seeds it
-    for steps, state in results[1:]:
-        for a, b in zip(steps, results[0][0], strict=True):
-            assert torch.equal(a.losses, b.losses) and torch.equal(a.weights, b.weights)
-        assert all(torch.equal(tensor, results[0][1][key]) for key, tensor in state.items() if key != "floor")
-    generator = torch.get_rng_state()
-    run(make(preset, optimizer.model), 1)
-    assert torch.equal(torch.get_rng_state(), generator)
+    same_in_parts(lambda **changes: make(preset, swapped(format), lr=5e-3, **changes), run, 3)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -243,16 +211,11 @@ def test_probes_leave_no_trace_and_lost_losses_skip(preset):
 
 @pytest.mark.parametrize("preset", ["mezo-lora", "p-rge"])
 def test_step_descends_and_flipped_ascends(preset):
-    for sign in (1, -1):
+    def fresh() -> tuple[ZeroOrder, methods.Evaluation]:
         net = swapped("int4")
-        optimizer = make(preset, net, lr=3e-3, queries=4)
-        x = ids()
-        before = float(losses(net, x).mean().detach())
-        optimizer.lr = sign * optimizer.lr
-        for _ in range(30):
-            optimizer.step_on([evaluation(net, x)])
-        after = float(losses(net, x).mean().detach())
-        assert after < 0.9 * before if sign > 0 else after > 1.1 * before
+        return make(preset, net, lr=3e-3, queries=4), evaluation(net, ids())
+
+    descends(fresh, steps=30)
 
 
 @pytest.mark.parametrize("preset", ["mezo-lora", "p-rge"])

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from close import assert_no_worse
-from test_method_tail import same, words
-from test_tail import Batch, fresh, one_thread, phrases, step, texts
+from tails import Batch, fresh, phrases, step, texts, words
+from test_method_tail import same
 from test_trainer import Interrupt, Tiny, record
 from torch import Tensor, nn
 
@@ -24,8 +24,6 @@ from zoact_kernels.runlog import RunLog
 from zoact_kernels.swap import unswap
 from zoact_kernels.trainables import Coefficients, Nodes
 from zoact_kernels.trainer import Recipe, base_hash
-
-__all__ = ["one_thread"]
 
 NAMES: dict[str, dict[str, str]] = {
     "llama": {},
@@ -224,6 +222,19 @@ def test_it_is_unbiased() -> None:
         allowed = seen.var(0).sum() / len(seen)
         assert float(error / allowed) < 2.5, name  # its mean is 1, of some 20 directions that matter: 4 deviations
         assert float(g.square().sum() / allowed) > 10, name  # or zeros would pass
+
+
+def test_what_is_kept_outlives_bases_and_steps() -> None:
+    """Or every step would compute the whole model again."""
+    optimizer = method(filled=False)
+    given = words(*range(1, 9))
+    optimizer.prepare([given], functools.partial(group_losses, optimizer.model))
+    for _ in range(3):
+        step(optimizer, given)
+    assert optimizer.fork.cache.misses == 8 and all(bool(t.value.any()) for t in optimizer.trainables.values())
+    optimizer.model.model.layers[0].mlp.up_proj.weight.add_(0)  # as far as a version tells, other weights
+    step(optimizer, given)
+    assert optimizer.fork.cache.misses == 16
 
 
 def test_prepare_gives_bases() -> None:

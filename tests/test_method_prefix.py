@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from close import assert_no_worse
+from invariants import descends, resumes
 from safetensors.torch import load_file, save_file
 from test_cli import options, steps_of, zoact
 from tiny_model import make_model_dir, write_examples
@@ -265,24 +266,7 @@ def test_label_only_losses_see_it(kind):
 
 
 def test_resume_and_replay_after_every_step():
-    def fresh(**changes: Any) -> Any:
-        return make(model_of(), **{"lr": 0.3, "seed": 9, **changes})
-
-    optimizer = fresh()
-    states, log = [optimizer.state_dict()], []
-    for _ in range(3):
-        log += run(optimizer, 1)
-        states.append(optimizer.state_dict())
-    for after in range(4):
-        resumed = fresh(seed=0)
-        resumed.load_state_dict(states[after])
-        got = run(resumed, 3 - after)
-        assert all(torch.equal(a.losses, b.losses) for a, b in zip(got, log[after:], strict=True))
-        assert all(torch.equal(t, tensors(optimizer.model)[at]) for at, t in tensors(resumed.model).items())
-    replayed = fresh(lr=123.0)
-    replayed.model.forward = None
-    replayed.replay(log)
-    assert all(torch.equal(t, tensors(optimizer.model)[at]) for at, t in tensors(replayed.model).items())
+    resumes(lambda **changes: make(model_of(), **{"lr": 0.3, "seed": 9, **changes}), run, 3, look=tensors)
 
 
 def test_sequential_and_micro_batches_are_the_same_step():
@@ -302,15 +286,11 @@ def test_sequential_and_micro_batches_are_the_same_step():
 
 @torch.no_grad()
 def test_step_descends_and_flipped_ascends():
-    for sign in (1, -1):
+    def fresh() -> tuple[Any, methods.Evaluation]:
         model = model_of()
-        optimizer, losses = make(model, queries=4, lr=0.1), evaluation(model, *ids())
-        before = float(losses(1).mean())
-        optimizer.lr = sign * optimizer.lr
-        for _ in range(20):
-            optimizer.step_on([losses])
-        after = float(losses(1).mean())
-        assert after < 0.8 * before if sign > 0 else after > 1.2 * before
+        return make(model, queries=4, lr=0.1), evaluation(model, *ids())
+
+    descends(fresh, share=0.2)
 
 
 def test_lost_losses_skip():

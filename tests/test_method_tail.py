@@ -12,14 +12,12 @@ from typing import Any
 import pytest
 import torch
 from close import assert_no_worse
-from test_tail import (
+from tails import (
     BATCHES,
-    Batch,
     found,
     fresh,
     hold,
     method,
-    one_thread,
     phrases,
     step,
     texts,
@@ -30,14 +28,14 @@ from torch import Tensor
 
 from zoact_kernels import rng
 from zoact_kernels.layers import zo_layers
-from zoact_kernels.losses import group_losses
+from zoact_kernels.losses import Batch, group_losses
 from zoact_kernels.methods.tail import ZOActTail
 from zoact_kernels.replay import replay
 from zoact_kernels.runlog import RunLog
 from zoact_kernels.swap import unswap
 from zoact_kernels.trainer import Recipe, base_hash
 
-__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 RECIPE = Recipe(
     method="zo-act-tail", steps=7, batch_size=8, queries=4, snapshot_every=3, eval_every=4, floor_every=5,

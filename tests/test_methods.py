@@ -43,6 +43,14 @@ def toy(format: str = "int4", rank: int = 2, dropout: float = 0.0) -> Toy:
     return model
 
 
+def fresh() -> Toy:
+    """A swapped toy that has learned nothing."""
+    torch.manual_seed(3)
+    model = Toy()
+    swap(model, ZOConfig(format="int4", group_size=8), example=(data()[0],))
+    return model
+
+
 def data(examples: int = B, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(examples, 24, generator=generator), torch.randn(examples, 8, generator=generator)
@@ -269,6 +277,24 @@ def test_state_dict_keeps_sharing(tmp_path):
     zo.load_state_dict(load_file(tmp_path / "state.safetensors"))
     assert model.extra.basis is layers[0].basis and layers[0].basis is not layers[1].basis
     assert torch.equal(layers[0].basis, shared)
+
+
+@pytest.mark.parametrize("method", ["lozo", "subzero", "qzo", "agzo"])
+@pytest.mark.parametrize("wrong", ["shape", "missing", "unknown"])
+def test_what_a_trainable_holds_is_checked_before_anything_is_changed(method, wrong):
+    zo, other = (methods.create(method, fresh(), seed=seed) for seed in (1, 2))
+    run(other, 2)
+    bad, before = other.state_dict(), zo.state_dict()
+    key = [key for key in bad if key.startswith("held/")][-1]  # of the last trainable, when others would be written
+    if wrong == "unknown":
+        bad[key + "er"] = bad[key]
+    elif (value := bad.pop(key)) is not None and wrong == "shape":
+        bad[key] = torch.zeros(*value.shape, 1)
+    with pytest.raises(ValueError, match="state of"):
+        zo.load_state_dict(bad)
+    after = zo.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key].nan_to_num(), tensor.nan_to_num()) for key, tensor in before.items())
 
 
 def test_state_dict_of_another_model_is_refused():

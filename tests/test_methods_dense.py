@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from close import assert_no_worse
+from invariants import descends, resumes, same_in_parts
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -241,17 +242,13 @@ def test_fzoo_weights():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_step_descends_and_flipped_ascends(preset):
-    for sign in (1, -1):
-        net = swapped()
-        lr = DESCENT.get(PRESETS[preset][0], 5e-4)
-        optimizer, _ = make(preset, net, lr=lr, queries=max(4, PRESETS[preset][2].get("queries", 1)))
-        x = ids()
-        before = float(losses(net, x).mean())
-        optimizer.lr = sign * optimizer.lr
-        for _ in range(20):
-            optimizer.step_on([evaluation(net, x)])
-        after = float(losses(net, x).mean())
-        assert after < 0.9 * before if sign > 0 else after > 1.1 * before
+    method, _, arguments = PRESETS[preset]
+
+    def fresh() -> tuple[ZeroOrder, methods.Evaluation]:
+        net, queries = swapped(), max(4, arguments.get("queries", 1))
+        return make(preset, net, lr=DESCENT.get(method, 5e-4), queries=queries)[0], evaluation(net, ids())
+
+    descends(fresh)
 
 
 # --- the noise of a step ----------------------------------------------------------------------------------------------
@@ -304,15 +301,7 @@ def test_probes_leave_no_trace(preset, mode):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_sequential_and_micro_batches_are_the_same_step(preset):
-    results = []
-    for changes, parts in (({}, 1), ({"mode": "sequential"}, 1), ({}, 3)):
-        net = swapped()
-        optimizer, _ = make(preset, net, lr=0.05, **changes)
-        results.append((run(optimizer, 3, parts), values(net)))
-    for steps, after in results[1:]:
-        for a, b in zip(steps, results[0][0], strict=True):
-            assert torch.equal(a.losses, b.losses) and torch.equal(a.weights, b.weights)
-        assert all(torch.equal(w, results[0][1][name]) for name, w in after.items())
+    same_in_parts(lambda **changes: make(preset, swapped(), lr=0.05, **changes)[0], run, 3, look=values)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -334,27 +323,14 @@ def test_lost_losses_skip(preset):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_resume_and_replay_after_every_step(preset):
-    straight = swapped()
-    optimizer, _ = make(preset, straight, lr=0.05, seed=9)
-    states, log = [optimizer.state_dict()], []
-    for _ in range(4):
-        log += run(optimizer, 1)
-        states.append(optimizer.state_dict())
-    for after in range(5):
-        again = swapped()
-        for name in NAMES:  # the state brings its own weights, and thresholds of weights
+    def fresh(seed: int = 9, lr: float = 0.05) -> ZeroOrder:
+        net = swapped()
+        for name in NAMES if seed != 9 else ():  # the state brings its own weights, and thresholds of weights
             owner, _, key = name.rpartition(".")
-            getattr(again.get_submodule(owner), key).data.mul_(1.5)
-        resumed, _ = make(preset, again, lr=0.05)
-        resumed.load_state_dict(states[after])
-        got = run(resumed, 4 - after)
-        assert all(torch.equal(a.losses, b.losses) for a, b in zip(got, log[after:], strict=True))
-        assert all(torch.equal(w, values(straight)[name]) for name, w in values(again).items())
-    again = swapped()
-    again.forward = None  # never evaluated
-    replayed, _ = make(preset, again, lr=123.0, seed=9)
-    replayed.replay(log)
-    assert all(torch.equal(w, values(straight)[name]) for name, w in values(again).items())
+            getattr(net.get_submodule(owner), key).data.mul_(1.5)
+        return make(preset, net, lr=lr, seed=seed)[0]
+
+    resumes(fresh, run, 4, look=values)
 
 
 def test_a_small_change_of_the_loss_is_seen():

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from close import assert_no_worse
-from test_methods_dense import NAMES, B, Net, evaluation, ids, losses, noise, plain_net, run, seeds_of
+from invariants import descends, resumes, same_in_parts
+from test_methods_dense import NAMES, B, Net, evaluation, ids, noise, plain_net, run, seeds_of
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -216,67 +217,29 @@ def test_mean_step(over_rank):
 @pytest.mark.parametrize("preset", [*PRESETS, "lozo-m"])
 def test_resume_and_replay_after_every_step(preset, format):
     """Bitwise, on both sides of a renewal of V."""
-    PRESETS_ = {**PRESETS, "lozo-m": ("lozo-m", lozo, {"period": 2})}
+    method, _, arguments = {**PRESETS, "lozo-m": ("lozo-m", lozo, {"period": 2})}[preset]
 
-    def fresh(**changes: Any) -> tuple[Net, ZeroOrder]:
-        net = swapped(format)
-        method, _, arguments = PRESETS_[preset]
-        return net, methods.create(method, net, **{"floor_every": 0, "lr": 5e-3, "seed": 9, **arguments, **changes})
+    def fresh(**changes: Any) -> ZeroOrder:
+        given = {"floor_every": 0, "lr": 5e-3, "seed": 9, **arguments, **changes}
+        return methods.create(method, swapped(format), **given)
 
-    optimizer = fresh()[1]
-    states, log = [optimizer.state_dict()], []
-    for _ in range(5):
-        log += run(optimizer, 1)
-        states.append(optimizer.state_dict())
-
-    def same(other: ZeroOrder) -> bool:
-        now = other.state_dict()
-        return now.keys() == states[-1].keys() and all(
-            torch.equal(tensor, states[-1][key]) or key in ("floor", "seed") for key, tensor in now.items()
-        )
-
-    for after in range(6):
-        _, resumed = fresh(seed=0)
-        resumed.load_state_dict(states[after])
-        got = run(resumed, 5 - after)
-        assert all(torch.equal(a.losses, b.losses) for a, b in zip(got, log[after:], strict=True))
-        assert same(resumed)
-    again, replayed = fresh(lr=123.0)
-    again.forward = None  # never evaluated
-    replayed.replay(log)
-    assert same(replayed)
+    resumes(fresh, run, 5)
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_step_descends_and_flipped_ascends(preset, format):
-    for sign in (1, -1):
+    def fresh() -> tuple[ZeroOrder, methods.Evaluation]:
         net = swapped(format)
-        optimizer, _ = make(preset, net, lr=5e-4 if "subzero" in preset else 2e-4, queries=4)
-        x = ids()
-        before = float(losses(net, x).mean().detach())
-        optimizer.lr = sign * optimizer.lr
-        for _ in range(20):
-            optimizer.step_on([evaluation(net, x)])
-        after = float(losses(net, x).mean().detach())
-        assert after < 0.9 * before if sign > 0 else after > 1.1 * before
+        return make(preset, net, lr=5e-4 if "subzero" in preset else 2e-4, queries=4)[0], evaluation(net, ids())
+
+    descends(fresh)
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_sequential_and_micro_batches_are_the_same_step(preset, format):
-    """And nothing is read from, or left in, a global generator."""
-    results, generator = [], torch.get_rng_state()
-    for changes, parts in (({}, 1), ({"mode": "sequential"}, 1), ({}, 3)):
-        optimizer, _ = make(preset, swapped(format), lr=5e-3, **changes)
-        torch.set_rng_state(generator)
-        steps = run(optimizer, 3, parts)
-        results.append((steps, optimizer.state_dict()))
-        assert torch.equal(torch.get_rng_state(), generator)
-    for steps, state in results[1:]:
-        for a, b in zip(steps, results[0][0], strict=True):
-            assert torch.equal(a.losses, b.losses) and torch.equal(a.weights, b.weights)
-        assert all(torch.equal(tensor, results[0][1][key]) for key, tensor in state.items() if key != "floor")
+    optimizer = same_in_parts(lambda **changes: make(preset, swapped(format), lr=5e-3, **changes)[0], run, 3)
     with pytest.raises(RuntimeError, match="make the optimizer after"):  # of a copy
         run(copy.deepcopy(optimizer), 1)
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from close import assert_no_worse
-from test_methods_dense import B, Net, evaluation, ids, losses, plain_net, run, seeds_of
+from invariants import descends, resumes
+from test_methods_dense import B, Net, evaluation, ids, plain_net, run, seeds_of
 from torch import Tensor
 from torch.func import functional_call
 
@@ -109,37 +110,18 @@ def test_differences_are_clipped_and_scales_have_a_floor():
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_resume_and_replay_after_every_step(format):
-    net = swapped(format)
-    optimizer = make(net, seed=9)
-    states, log = [optimizer.state_dict()], []
-    for _ in range(4):
-        log += run(optimizer, 1)
-        states.append(optimizer.state_dict())
-    wanted = {name: layer.dequantize() for name, layer in zo_layers(net).items()}
-    for after in range(5):
-        again = swapped(format)
-        resumed = make(again)
-        resumed.load_state_dict(states[after])
-        got = run(resumed, 4 - after)
-        assert all(torch.equal(a.losses, b.losses) for a, b in zip(got, log[after:], strict=True))
-        assert all(torch.equal(layer.dequantize(), wanted[name]) for name, layer in zo_layers(again).items())
-    again = swapped(format)
-    replayed = make(again, seed=9, lr=123.0)
-    replayed.replay(log)
-    assert all(torch.equal(layer.dequantize(), wanted[name]) for name, layer in zo_layers(again).items())
+    def weights(net: Any) -> dict[str, Tensor]:
+        return {name: layer.dequantize() for name, layer in zo_layers(net).items()}
+
+    resumes(lambda **changes: make(swapped(format), **{"seed": 9, **changes}), run, 4, look=weights)
 
 
 def test_step_descends_and_flipped_ascends():
-    for sign in (1, -1):
+    def fresh() -> tuple[Any, methods.Evaluation]:
         net = swapped("int4")
-        optimizer = make(net, lr=1e-4, queries=4)
-        x = ids()
-        before = float(losses(net, x).mean().detach())
-        optimizer.lr = sign * optimizer.lr
-        for _ in range(20):
-            optimizer.step_on([evaluation(net, x)])
-        after = float(losses(net, x).mean().detach())
-        assert after < 0.9 * before if sign > 0 else after > 1.1 * before
+        return make(net, lr=1e-4, queries=4), evaluation(net, ids())
+
+    descends(fresh)
 
 
 def test_probes_and_lost_losses_leave_no_trace():

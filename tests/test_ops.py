@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from zoact_kernels import ops
 from zoact_kernels.dispatch import IMPLEMENTATIONS, ROOF, Problem, choose, explain, using
-from zoact_kernels.formats import quantize
+from zoact_kernels.quantize import quantize
 
 Z = torch.ops.zoact
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import RECIPE, Interrupt, Tiny, dies_at, killed, one_thread, record, tiny  # noqa: F401
+from test_trainer import RECIPE, Interrupt, Tiny, dies_at, killed, record, tiny  # noqa: F401
 from torch import Tensor
 
 from zoact_kernels import methods, trainer
@@ -16,6 +16,8 @@ from zoact_kernels.methods import StepResult, ZOAct
 from zoact_kernels.replay import replay, skeleton
 from zoact_kernels.runlog import RunError, RunLog
 from zoact_kernels.trainer import Recipe, Watch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAN_STEP = 4
 

@@ -16,6 +16,8 @@ import torch
 from zoact_kernels import runlog
 from zoact_kernels.runlog import EvalRow, RunError, RunLog, StepRow
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STATE = {"coeff/a": torch.arange(6.0).view(3, 2), "rule/t": torch.tensor(0)}
 META = {"recipe": {"lr": 1e-3}, "base_hash": "abc", "words": ["ä", "b"]}
 
@@ -25,11 +27,6 @@ def step_row(step: int, losses: list[list[float]] | None = None) -> StepRow:
     weights = torch.tensor([math.pi * (step + 1)], dtype=torch.float32)
     seeds = torch.tensor([-(2**63) + step])
     return StepRow(step, seeds, table, weights, 0.1 + step / 3, step % 2 == 1, math.nan, 1e-9, 17, 0.25)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # a forked child has no thread pool
 
 
 def create(path: Path) -> RunLog:

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 from close import assert_no_worse
-from test_tail import BATCHES, Batch, one_thread, plain, step
+from tails import BATCHES, plain, step
 from torch import Tensor
 
 from zoact_kernels import methods, rng
 from zoact_kernels.layers import perturbed, zo_layers
-from zoact_kernels.losses import group_losses
+from zoact_kernels.losses import Batch, group_losses
 from zoact_kernels.methods import ZeroOrder
 from zoact_kernels.swap import ZOConfig, swap
 
-__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Q, SIGMA = 4, 0.05
 DENSE = ("mezo", "zo-adam", "lozo", "subzero")

@@ -29,6 +29,8 @@ from zoact_kernels.runlog import RunError, RunLog, StepRow
 from zoact_kernels.swap import ZOConfig
 from zoact_kernels.trainer import Recipe, Result, Watch, base_hash, coeff_hash, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RECIPE = Recipe(steps=7, batch_size=4, snapshot_every=3, eval_every=4, floor_every=5, basis_batches=2, lr=0.02, seed=5)
 
 
@@ -60,11 +62,6 @@ class Tiny:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return Tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # forked children have no thread pool, and bits are compared with theirs
 
 
 @pytest.fixture(scope="module")

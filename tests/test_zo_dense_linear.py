@@ -12,9 +12,9 @@ from cases import (
     Case,
     activations,
     alike_isas,
+    check_grid,
     cover,
     dense_arguments,
-    full,
     layouts,
     stored,
     weight_arguments,
@@ -99,11 +99,7 @@ def test_zo_dense_linear(case: Case) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("weight", DENSE["weight"])
 def test_zo_dense_linear_grid(weight: str) -> None:
-    for case in full({**DENSE, "weight": (weight,)}, DENSE_SOAK):
-        try:
-            check(case)
-        except AssertionError as error:
-            raise AssertionError(str(case)) from error
+    check_grid(check, {**DENSE, "weight": (weight,)}, DENSE_SOAK)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -13,8 +13,8 @@ from cases import (
     Case,
     activations,
     alike_isas,
+    check_grid,
     cover,
-    full,
     layouts,
     linear_arguments,
     stored,
@@ -122,11 +122,7 @@ def test_zo_linear(case: Case) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("weight", LINEAR["weight"])
 def test_zo_linear_grid(weight: str) -> None:
-    for case in full({**LINEAR, "weight": (weight,)}, LINEAR_SOAK):
-        try:
-            check(case)
-        except AssertionError as error:
-            raise AssertionError(str(case)) from error
+    check_grid(check, {**LINEAR, "weight": (weight,)}, LINEAR_SOAK)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .layers import Perturbation, ZOLinear
+from .layers import ZOLinear
+from .perturbation import Perturbation
 
 Batch = Mapping[str, Any] | Callable[[], Any]
 Progress = Callable[[int, int, str], None]

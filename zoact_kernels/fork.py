@@ -21,15 +21,16 @@ import contextlib
 import functools
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .embedding import PackedEmbedding
-from .layers import Perturbation, ZOLinear, perturbation_of
+from .layers import ZOLinear, perturbation_of
 from .parameters import Perturbed
+from .perturbation import Perturbation
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -175,7 +176,7 @@ class Fork:
         given = list(_tensors((args, kwargs)))
         if self.cache is None and given[0].device.type != "cpu" and self.handle.active and self.handle.groups > 1:
             return None  # a stacked step sees its batch once; to compare it, the host would wait for the device
-        state = _state(self._prefix)
+        state = versions(self._prefix)
         if state != self._prefix_state:
             self.forget()
             self._prefix_state = state
@@ -359,13 +360,16 @@ def running(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
             module.__dict__["forward"] = own
 
 
-def _state(modules: list[nn.Module]) -> list[tuple[int, int]]:
-    """What tells whether tensors of these modules were replaced or written to."""
+LEARNED = ("basis", "coeff", "out_basis")  # of a ZOLinear: what is kept of its inputs and base product is without them
+
+
+def versions(modules: Iterable[nn.Module], trained: Container[nn.Module] = ()) -> list[tuple[int, int]]:
+    """What tells whether tensors of these modules were replaced or written to, what `trained` ones learn aside."""
     return [
         (t.data_ptr(), 0 if t.is_inference() else t._version)
         for module in modules
-        for t in (*module._parameters.values(), *module._buffers.values())
-        if t is not None
+        for name, t in (*module._parameters.items(), *module._buffers.items())
+        if t is not None and not (name in LEARNED and module in trained)
     ]
 
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import quantizers
+from . import fits
 from .layouts import (
     BLOCK,
     FRAGMENT_K,
@@ -40,7 +40,6 @@ from .layouts import (
     from_blocks,
     from_byte_fragments,
     from_fragments,
-    pack_nibbles,
     padded_columns,
     to_blocks,
     to_byte_fragments,
@@ -66,7 +65,7 @@ class Format:
     table: tuple[float, ...] = ()
     padding: int = 0  # the code that decodes to zero and fills the unused ones
     offset: bool = False  # may have one
-    fit: Callable[[Tensor, torch.dtype, quantizers.Options], quantizers.Fit] | None = None
+    fit: Callable[[Tensor, torch.dtype, fits.Options], fits.Fit] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -333,8 +332,8 @@ def packed_nbytes(
     dtype: torch.dtype = torch.bfloat16,
 ) -> int:
     """Bytes that `quantize` of a [out_features, in_features] weight would store; `dtype` is that of a dense weight."""
-    fmt = _format(format)
-    weight, scale = expected_shapes(format, layout, _group_size(fmt, group_size), out_features, in_features)
+    fmt = format_row(format)
+    weight, scale = expected_shapes(format, layout, checked_group_size(fmt, group_size), out_features, in_features)
     if not fmt.scale_dtypes:
         return math.prod(weight) * dtype.itemsize
     code_bytes = 4 if fmt.bits == 4 and layout == "cpu" else 1
@@ -344,8 +343,8 @@ def packed_nbytes(
 
 def validate(packed: PackedWeight) -> None:
     """Raise ValueError naming the first field that does not fit the others; the values of tensors are not looked at."""
-    p, fmt = packed, _format(packed.format)
-    _group_size(fmt, p.group_size)
+    p, fmt = packed, format_row(packed.format)
+    checked_group_size(fmt, p.group_size)
     if p.layout not in LAYOUTS:
         raise ValueError(f"`layout` is {p.layout!r}; layouts are {', '.join(LAYOUTS)}")
     if p.out_features < 0 or p.in_features < 1:
@@ -393,103 +392,25 @@ def _is(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.d
     if tuple(tensor.shape) != shape:
         raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; {where} needs {shape}")
     if tensor.dtype not in dtypes:
-        raise ValueError(f"`{name}` is {tensor.dtype}; {where} takes {_names(dtypes)}")
+        raise ValueError(f"`{name}` is {tensor.dtype}; {where} takes {names_of(dtypes)}")
 
 
-def _format(name: str) -> Format:
+def names_of(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype) for dtype in dtypes)
+
+
+def format_row(name: str) -> Format:
     if name not in FORMATS:
         raise ValueError(f"`format` is {name!r}; formats are {', '.join(FORMATS)}")
     return FORMATS[name]
 
 
-def _group_size(fmt: Format, group_size: int | None) -> int:
+def checked_group_size(fmt: Format, group_size: int | None) -> int:
     if group_size is None:
         return fmt.group_size
     if group_size != -1 and (group_size < 8 or group_size % 8):
         raise ValueError(f"`group_size` is {group_size}; allowed are -1 (one group a row) and multiples of 8 from 8 on")
     return group_size
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Quantising
-
-
-def quantize(
-    w: Tensor,
-    format: str,
-    group_size: int | None = None,
-    method: str = "mse",
-    scale_dtype: torch.dtype | None = None,
-    *,
-    symmetric: bool = False,
-    flat: bool = False,
-) -> PackedWeight:
-    """Quantise w [N, K] (fp32, bf16, fp16; any N >= 0, K >= 1) into layout `row`. Deterministic; w is not changed.
-
-    group_size   -1 (one a row) or a multiple of 8; None: 64. Ignored by dense, which keeps w as it is.
-    method       of int4: "minmax" covers each group's range, so no error exceeds scale / 2; "mse" tries shrunk ranges,
-                 refits scale and offset by least squares and keeps the least squared error of each group, never
-                 above minmax's. Both choose codes for scale and offset as stored, after rounding. int8 (absmax / 127),
-                 nf4 and fp4 (absmax) have one method, which both names mean.
-    scale_dtype  float16, bfloat16 or float32; None: float16 for int8 and int4, float32 for nf4 and fp4 (bitsandbytes).
-    symmetric    int4 without offset: w = (q - 8) * scale, where scale takes the sign that uses code 0 best.
-    flat         nf4 and fp4: blocks run across rows where K % group_size != 0, the codes of bitsandbytes.quantize_4bit
-                 bit for bit. Otherwise each row's last group is short, which every kernel and layout serves.
-
-    Raises ValueError for inf and NaN in w, and for weights whose scale or offset `scale_dtype` can't hold (fp16 ends at
-    65504; tiny weights instead lose precision where fp16 has none: 6e-8 is its smallest scale).
-    """
-    fmt = _format(format)
-    span = _group_size(fmt, group_size)
-    if w.dim() != 2 or w.shape[1] < 1:
-        raise ValueError(f"`w` has shape {tuple(w.shape)}; quantize takes [N, K] with K >= 1")
-    if w.dtype not in FLOATS:
-        raise ValueError(f"`w` is {w.dtype}; quantize takes float32, bfloat16 and float16")
-    if method not in ("mse", "minmax"):
-        raise ValueError(f"`method` is {method!r}; methods are mse, minmax")
-    if symmetric and not fmt.offset:
-        raise ValueError(f"`symmetric` is about the offset of int4; {format} has none")
-    if flat and format not in BLOCKWISE:
-        raise ValueError(f"`flat` is about the blocks of nf4 and fp4; {format} has none")
-    if scale_dtype is not None and scale_dtype not in fmt.scale_dtypes:
-        raise ValueError(f"`scale_dtype` is {scale_dtype}; {format} takes {_names(fmt.scale_dtypes)}")
-    w, (N, K) = w.detach(), w.shape
-    _check_finite(w)
-    if fmt.fit is None:
-        return PackedWeight(format, "row", -1, N, K, w.contiguous())
-    dtype = scale_dtype or fmt.scale_dtypes[0]
-    width = K if span == -1 else span
-    flat = flat and N > 0 and K % width != 0
-    rows = w.reshape(1, -1) if flat else w
-    whole = rows.shape[1] // width * width
-    fits = []
-    for first, stop, size in ((0, whole, width), (whole, rows.shape[1], rows.shape[1] - whole)):
-        if first < stop:  # the whole groups, then each row's short one
-            options = quantizers.Options(method, symmetric, size < width, fmt.table)
-            groups = (stop - first) // size
-            x = rows[:, first:stop].reshape(rows.shape[0] * groups, size)
-            fits.append(quantizers.fit_groups(fmt.fit, x, dtype, options, groups))
-    codes, scale = torch.cat([fit[0] for fit in fits], dim=1), torch.cat([fit[1] for fit in fits], dim=1)
-    offsets = [fit[2] for fit in fits if fit[2] is not None]
-    offset = torch.cat(offsets, dim=1) if offsets else None
-    for name, stored in (("scale", scale), ("offset", offset)):
-        if stored is not None and not torch.isfinite(stored).all():
-            raise ValueError(f"`scale_dtype` is {dtype}; it can't hold a {name} of these weights, torch.float32 may")
-    weight = pack_nibbles(codes, fmt.padding) if fmt.bits == 4 else codes
-    if flat:
-        weight, scale = weight[0], scale[0]
-    return PackedWeight(format, "row", span, N, K, weight, scale, offset)
-
-
-def _check_finite(w: Tensor) -> None:
-    finite = torch.isfinite(w)
-    if not finite.all():
-        row, col = (~finite).nonzero()[0].tolist()
-        raise ValueError(f"`w` holds {w[row, col].item()} at row {row}, column {col}; quantize takes finite values")
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(dtype) for dtype in dtypes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -512,9 +433,9 @@ FORMATS: dict[str, Format] = {
     row.name: row
     for row in (
         Format("dense", 0, FLOATS),
-        Format("int8", 8, (torch.int8,), _HALF_FIRST, 64, fit=quantizers.fit_int8),
-        Format("int4", 4, _U8, _HALF_FIRST, 64, INT4, padding=8, offset=True, fit=quantizers.fit_int4),
-        Format("nf4", 4, _U8, FLOATS, 64, NF4, padding=7, fit=quantizers.fit_codebook),
-        Format("fp4", 4, _U8, FLOATS, 64, FP4, padding=0, fit=quantizers.fit_codebook),
+        Format("int8", 8, (torch.int8,), _HALF_FIRST, 64, fit=fits.fit_int8),
+        Format("int4", 4, _U8, _HALF_FIRST, 64, INT4, padding=8, offset=True, fit=fits.fit_int4),
+        Format("nf4", 4, _U8, FLOATS, 64, NF4, padding=7, fit=fits.fit_codebook),
+        Format("fp4", 4, _U8, FLOATS, 64, FP4, padding=0, fit=fits.fit_codebook),
     )
 }

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import ops  # defines torch.ops.zoact
 from .estimators import SCALINGS
-from .layers import Mask
+from .perturbation import Mask
 
 SCHEDULES = ("constant", "linear", "cosine")
 HYPER_DECAY = ops.HYPER.index("weight_decay")

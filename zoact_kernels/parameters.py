@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import rng
-from .layers import Mask, Perturbation, Released, add_per_group, group_values, scaled
+from .perturbation import Mask, Perturbation, Released, add_per_group, group_values, scaled
 
 
 class Factors(NamedTuple):
@@ -90,10 +90,16 @@ class ZOVector(Perturbed):
 
 
 class ZOEmbedding(Perturbed):
-    """Row group g gets table[ids] + sum_s sigmas[g, s] Z_s[ids]: the same rows of noise that an update has."""
+    """Row group g gets table[ids] + sum_s sigmas[g, s] Z_s[ids]: the same rows of noise that an update has.
+
+    Ids [1, T] that a model looks up for all its sequences (positions) are looked up for each, as many as the table
+    before it saw, since row groups can't share what they get.
+    """
 
     def forward(self, ids: Tensor) -> Tensor:
-        p, table, factors = self.perturbation, super().forward(ids), self.zo_factors.get("weight")
+        p, factors = self.perturbation, self.zo_factors.get("weight")
+        ids = self.own_ids(ids) if p.active else ids
+        table = super().forward(ids)
         dtype = table.dtype
         if factors is not None:
             table = table.float() + _product(factors.coeff[ids], factors.basis.T)
@@ -120,6 +126,14 @@ class ZOEmbedding(Perturbed):
                 z = z * (clean.abs() <= mask.value)
             moved = moved + sigmas[:, s, None, None] * z
         return moved.to(dtype).view(table.shape)
+
+    def own_ids(self, ids: Tensor) -> Tensor:
+        """Ids of every sequence."""
+        p = self.perturbation
+        if len(ids) == 1 < p.sequences:
+            return ids.expand(p.sequences, *ids.shape[1:])
+        p.sequences = len(ids)
+        return ids
 
 
 class ZODense(Perturbed):

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from .formats import FORMATS, PackedWeight, expected_shapes
-from .layers import Perturbation, ZOLinear
+from .layers import ZOLinear
 from .methods import METHODS
+from .perturbation import Perturbation
 from .runlog import RunError, RunLog
 from .trainables import Prefix
 from .trainer import Recipe, coeff_hash, load_state

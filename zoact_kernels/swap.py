@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from . import rng
 from .embedding import PackedEmbedding
-from .formats import FORMATS, quantize
+from .formats import FORMATS
 from .integrations.bitsandbytes import from_linear4bit, is_linear4bit, to_linear4bit
-from .layers import Perturbation, ZOLinear, perturbation_of, perturbed, zo_layers
+from .layers import ZOLinear, perturbation_of, perturbed, zo_layers
+from .perturbation import Perturbation
+from .quantize import quantize
 
 __all__ = [
     "Perturbation",

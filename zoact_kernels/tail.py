@@ -42,6 +42,7 @@ from .fork import (
     moves,
     right_padded,
     running,
+    versions,
     with_hidden,
 )
 from .layers import ZOLinear, base_product, perturbation_of
@@ -116,10 +117,12 @@ class Tail:
         self._call: _Call | None = None
         self._labels: Labels | None = None
         self._words: dict[bytes, tuple[Tensor, Tensor]] = {}
+        self._modules = list(model.modules())
+        self._state: list[tuple[int, int]] = []
         self._checked = False
 
     def forget(self) -> None:
-        """Drop what is kept; for a model that has changed before the tail."""
+        """Drop what is kept; for a model that has changed in a way that its tensors do not show."""
         self.cache.clear()
         self._words.clear()
 
@@ -130,7 +133,17 @@ class Tail:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
-        """Inside the block `losses` of the model run its tail. Not to nest."""
+        """Inside the block `losses` of the model run its tail. Not to nest.
+
+        What was kept is dropped if a tensor of the model was replaced or written to since, what is trained aside.
+        """
+        trained = {linear for linear in self.linears.values() if moves(linear)}
+        if self.values is not None:
+            trained.add(self.values.layer)
+        state = versions(self._modules, trained)
+        if state != self._state:
+            self.forget()
+            self._state = state
         with contextlib.ExitStack() as stack:
             stack.enter_context(running(self.body, self._run_body))
             for index, block in enumerate(self.blocks):

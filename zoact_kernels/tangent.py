@@ -27,8 +27,9 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
 from . import rng
-from .layers import ZOLinear, add_per_group, group_values, perturbation_of
+from .layers import ZOLinear, perturbation_of
 from .parameters import Perturbed, ZODense, ZOEmbedding, mixture
+from .perturbation import add_per_group, group_values
 
 ATTENTIONS = ("eager", "sdpa")  # of transformers: made of torch ops, each with a formula for tangents
 # Functions that may be given a tangent and return none: of a tensor they take the shape, the dtype, or the value alone.
@@ -178,6 +179,7 @@ class _TangentEmbedding(ZOEmbedding):
         assert weight is not None
         if not p.active:
             return super().forward(ids)
+        ids = self.own_ids(ids)
         sigmas, rows = p.sigmas_of(self.zo_name, ids), nn.functional.embedding(ids, weight.detach())
         moved = rows.new_zeros(len(sigmas), ids.numel() // len(sigmas), rows.shape[-1], dtype=torch.float32)
         for s, seed in enumerate(p.seeds):

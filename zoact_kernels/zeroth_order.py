@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from . import estimators, ops, optim, rng
 from .activations import evaluating
 from .fork import Fork, fork_of
-from .layers import Perturbation, perturbed, release
+from .layers import perturbed, release
+from .perturbation import Perturbation
+from .state import restore, state_of
 from .tail import Tail
 from .trainables import Trainable
 
@@ -332,75 +334,21 @@ class ZeroOrder:
             self.iteration += 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of all that a bit-exact resume needs besides the arguments: values, bases, moments, counters.
-
-        Flat and tensors only, so it can be a safetensors file: "seed", "iteration", "floor", "rule/...",
-        "method/<key>", "coeff/<name>" the value, "held/<name>/<key>" what else a trainable has, "basis/<i>" once for
-        all trainables that share it, "basis_of" int64 [L], the i of each trainable, -1 for none.
-        """
-        unique: list[Tensor] = []
-        basis_of = []
-        for trainable in self.trainables.values():
-            basis = trainable.basis
-            same = next((i for i, a in enumerate(unique) if a is basis), None)
-            if same is None and basis is not None:
-                same = len(unique)
-                unique.append(basis)
-            basis_of.append(-1 if same is None else same)
-        state = {
-            "seed": torch.tensor(self.seed),
-            "iteration": torch.tensor(self.iteration),
-            "floor": torch.tensor(self.floor, dtype=torch.float64),
-            "basis_of": torch.tensor(basis_of),
-        }
-        state |= {f"basis/{i}": a.clone() for i, a in enumerate(unique)}
-        state |= {f"coeff/{name}": value.detach().clone() for name, value in self.rule.coeffs.items()}
-        for name, trainable in self.trainables.items():
-            state |= {f"held/{name}/{key}": tensor.detach().clone() for key, tensor in trainable.held().items()}
-        state |= {f"method/{key}": tensor.clone() for key, tensor in self.own_state().items()}
-        return state | {f"rule/{key}": value for key, value in self.rule.state_dict().items()}
+        """Copies of all that a bit-exact resume needs besides the arguments, by the names of room `state`."""
+        return state_of(self._counters(), self.trainables, self.rule, self.own_state())
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over a `state_dict` of an equally configured optimizer over the same model, values and bases included.
 
         Raises ValueError for entries that are missing, unknown or of another shape, before anything is changed.
         """
-        rule = {key.removeprefix("rule/"): value for key, value in state.items() if key.startswith("rule/")}
-        bases = {key: value for key, value in state.items() if key.startswith("basis/")}
-        held: dict[str, dict[str, Tensor]] = {name: {} for name in self.trainables}
-        for key in (key for key in state if key.startswith("held/")):
-            name, _, what = key.removeprefix("held/").rpartition("/")
-            if name in held:
-                held[name][what] = state[key]
-        wanted = {"seed": torch.tensor(0), "iteration": torch.tensor(0), "floor": torch.tensor(0.0)}
-        wanted["basis_of"] = torch.zeros(len(self.trainables), dtype=torch.int64)
-        wanted |= {f"coeff/{name}": value for name, value in self.rule.coeffs.items()}
-        wanted |= {f"method/{key}": tensor for key, tensor in self.own_state().items()}
-        known = {f"held/{name}/{key}" for name, tensors in held.items() for key in tensors} | bases.keys()
-        rest = {key: value for key, value in state.items() if not key.startswith("rule/") and key not in known}
-        optim.check_entries(rest, wanted, "state of the optimizer")
-        basis_of = state["basis_of"].tolist()
-        for (name, trainable), index in zip(self.trainables.items(), basis_of, strict=True):
-            given = tuple(bases[f"basis/{index}"].shape) if f"basis/{index}" in bases else None
-            if index >= 0 and given != trainable.basis_shape:
-                raise ValueError(
-                    f"state of the optimizer: the basis of {name} is {given}; here it is {trainable.basis_shape}"
-                )
-        self.rule.load_state_dict(rule)
-        device = self._seeds.device
-        tensors = {key: a.to(device, copy=True) for key, a in bases.items()}
-        for (name, trainable), index in zip(self.trainables.items(), basis_of, strict=True):
-            if trainable.basis_shape is not None:
-                trainable.basis = tensors[f"basis/{index}"] if index >= 0 else None
-            trainable.take(held[name])
-            with torch.no_grad():
-                self.rule.coeffs[name].copy_(state[f"coeff/{name}"])
-            trainable.settle()
-        for key, tensor in self.own_state().items():
-            tensor.copy_(state[f"method/{key}"])
-        self.seed, self.iteration = int(state["seed"]), int(state["iteration"])
-        self.floor = float(state["floor"])
+        restore(state, self._counters(), self.trainables, self.rule, self.own_state())
+        self.seed, self.iteration, self.floor = int(state["seed"]), int(state["iteration"]), float(state["floor"])
         self._recent.clear()
+
+    def _counters(self) -> dict[str, Tensor]:
+        floor = torch.tensor(self.floor, dtype=torch.float64)
+        return {"seed": torch.tensor(self.seed), "iteration": torch.tensor(self.iteration), "floor": floor}
 
     # --- the parts of a step ------------------------------------------------------------------------------------------
 

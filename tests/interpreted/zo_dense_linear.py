@@ -6,7 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DENSE, DENSE_SOAK, DTYPES, Case, activations, cover, dense_arguments, full, stored, weight_arguments
+from cases import (
+    DENSE,
+    DENSE_SOAK,
+    DTYPES,
+    Case,
+    activations,
+    check_grid,
+    cover,
+    dense_arguments,
+    stored,
+    weight_arguments,
+)
 from close import assert_no_worse
 from test_zo_dense_linear import OPTIONAL, expected
 from torch import Tensor
@@ -46,11 +57,7 @@ def test_zo_dense_linear(case: Case) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("weight", DENSE["weight"])
 def test_zo_dense_linear_grid(weight: str) -> None:
-    for case in full({**DENSE, "weight": (weight,)}, DENSE_SOAK):
-        try:
-            check(case)
-        except AssertionError as error:
-            raise AssertionError(str(case)) from error
+    check_grid(check, {**DENSE, "weight": (weight,)}, DENSE_SOAK)
 
 
 @pytest.mark.parametrize("weight", ["int4-g32", "nf4-g64-flat", "dense-f32"])

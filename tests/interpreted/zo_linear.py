@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LINEAR, LINEAR_SOAK, Case, activations, cover, full, linear_arguments
+from cases import LINEAR, LINEAR_SOAK, Case, activations, check_grid, cover, linear_arguments
 from close import assert_no_worse
 from test_zo_linear import OPTIONAL, example, expected, plainly, rows_of, strided
 from torch import Tensor
@@ -40,11 +40,7 @@ def test_zo_linear(case: Case) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("weight", LINEAR["weight"])
 def test_zo_linear_grid(weight: str) -> None:
-    for case in full({**LINEAR, "weight": (weight,)}, LINEAR_SOAK):
-        try:
-            check(case)
-        except AssertionError as error:
-            raise AssertionError(str(case)) from error
+    check_grid(check, {**LINEAR, "weight": (weight,)}, LINEAR_SOAK)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -7,17 +7,19 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..data import parse_label_words
 from ..finetune import Job
 from ..learning import Course, Lesson, learn
-from .terminal import about, console, set_threads
+from .terminal import about, console, fields_of, set_threads
 
 EVERY = 5.0  # seconds between lines where there is no bar
 
 
 def learn_perturbations(
+    context: typer.Context,
     out: Annotated[Path, about("file of nets to write (safetensors), after every epoch")],
     model: Annotated[str, about("GGUF file or Hugging Face directory (safetensors): the base model")],
     train: Annotated[str, about("training examples: .jsonl, .csv or .tsv")] = "",
@@ -47,15 +49,8 @@ def learn_perturbations(
     Needs the memory of first-order training, unlike all else here: weights, gradients, momentum and a copy.
     """
     set_threads(threads)
-    job = Job(
-        model=model, train=train, demo=demo, prompt=prompt, labels=parse_label_words(labels) if labels else {},
-        label_column=label_column, completion=completion, separator=separator, max_length=max_length, dtype=dtype,
-        device=device,
-    )  # fmt: skip
-    course = Course(
-        epochs=epochs, restart_every=restart_every, batch_size=batch_size, lr=lr, lr_nets=lr_nets, reach=reach,
-        sigma=sigma, limit=limit, seed=seed,
-    )  # fmt: skip
+    options = dict(context.params) | {"labels": parse_label_words(labels) if labels else {}}
+    job, course = Job(**fields_of(Job, options)), Course(**fields_of(Course, options))
     columns = (
         TextColumn("lesson"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"),
         TimeElapsedColumn(), TimeRemainingColumn(),

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +18,7 @@ from ..data import parse_label_words
 from ..runlog import RunError, RunLog
 from ..trainer import Recipe
 from .hardware import arch_here
-from .terminal import Display, about, console, ranks_of, set_threads
+from .terminal import Display, about, console, fields_of, ranks_of, set_threads
 
 
 def _values(items: list[str]) -> dict[str, Any]:
@@ -114,24 +114,19 @@ def finetune(
         given = {n for n in context.params if str(context.get_parameter_source(n)).endswith("COMMANDLINE")}
         given |= {plural for one, plural in (("target", "targets"), ("option", "options")) if one in given}
         options = {name: value for name, value in options.items() if name in given}
-        job, recipe = replace(job, **_of(room.Job, options)), replace(recipe, **_of(Recipe, options))
+        job, recipe = replace(job, **fields_of(room.Job, options)), replace(recipe, **fields_of(Recipe, options))
     else:
         if not model or not (train or demo):
             raise ValueError(
                 "a new run needs --model and --train or --demo (or --resume with the --out of an earlier one)"
             )
-        job, recipe = room.Job(**_of(room.Job, options)), Recipe(**_of(Recipe, options))
+        job, recipe = room.Job(**fields_of(room.Job, options)), Recipe(**fields_of(Recipe, options))
     with Display() as display:
         outcome, _ = room.finetune(job, recipe, out, resume=resume, watch=display)
     _print_outcome(outcome)
     if outcome.result.stopped_by:
         console.print(f"stopped after {outcome.result.done} steps; continue: zoact finetune --resume --out {out}")
         raise typer.Exit(128 + outcome.result.stopped_by)
-
-
-def _of(kind: Any, options: dict[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in fields(kind)}
-    return {name: value for name, value in options.items() if name in names}
 
 
 def _print_outcome(outcome: Any, more: Sequence[tuple[str, ...]] = ()) -> None:

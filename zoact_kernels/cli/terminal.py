@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import fields
 from typing import Any
 
 import typer
@@ -20,6 +21,12 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)  
 
 def about(text: str, *names: str) -> Any:
     return typer.Option(*names, help=text)
+
+
+def fields_of(kind: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of a command's options that are fields of a dataclass."""
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in options.items() if name in names}
 
 
 def ranks_of(text: str) -> dict[str, int]:

@@ -26,8 +26,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 
 from .. import swap as swapping
 from ..embedding import PackedEmbedding
-from ..formats import PackedWeight, quantize
-from ..layers import Perturbation, ZOLinear, best_layout
+from ..formats import PackedWeight
+from ..layers import ZOLinear, best_layout
+from ..perturbation import Perturbation
+from ..quantize import quantize
 from ..rng import assign_param_ids
 from .gguf_file import GGUFError, GGUFHeader, TensorInfo, TensorReader, read_header, unpack
 from .panels import assemble

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from .. import rng
 from .. import swap as swapping
-from ..formats import quantize
-from ..layers import Perturbation, ZOLinear, best_layout, zo_layers
+from ..layers import ZOLinear, best_layout, zo_layers
+from ..perturbation import Perturbation
+from ..quantize import quantize
 from ..swap import Swapped, SwapReport, Where, ZOConfig
 from .panels import assemble
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..activations import CleanInputs, Layer
 from ..basis import power_basis, recompression_note
-from ..layers import Perturbation, ZOLinear, zo_layers
+from ..layers import ZOLinear, zo_layers
+from ..perturbation import Perturbation
 from ..trainables import AlongInputs, Coefficients, Trainable, coefficients, low_rank
 from ..trainables.factors import fill_normal
 from ..zeroth_order import Evaluation, Radii, ZeroOrder

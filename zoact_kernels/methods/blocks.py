@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from .. import optim, rng
 from ..fork import Fork
-from ..layers import Perturbation, perturbation_of
+from ..layers import perturbation_of
+from ..perturbation import Perturbation
 from ..trainables import Trainable
 from ..zeroth_order import Evaluation, ZeroOrder
 from .activation import ZOAct

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import estimators, rng
-from ..layers import Mask, Perturbation
+from ..perturbation import Mask, Perturbation
 from ..trainables import Weight, weights
 from ..zeroth_order import Evaluation, ZeroOrder
 from .checks import check_period, check_share

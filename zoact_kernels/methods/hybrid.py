@@ -29,7 +29,8 @@ from torch.utils.checkpoint import checkpoint
 from .. import estimators, first_order, optim, rng
 from ..activations import evaluating
 from ..fork import Fork, fork_of, running
-from ..layers import Perturbation, perturbation_of
+from ..layers import perturbation_of
+from ..perturbation import Perturbation
 from ..tail import Tail
 from ..trainables import Trainable
 from ..zeroth_order import Evaluation, ZeroOrder

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import rng
-from ..layers import Perturbation, ZOLinear
+from ..layers import ZOLinear
 from ..parameters import Perturbed
+from ..perturbation import Perturbation
 from ..trainables import Weight
 from .dense import MeZO
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers import Perturbation
+from ..perturbation import Perturbation
 from ..trainables import PrefixTensor, Trainable, loras, prefixes
 from ..zeroth_order import ZeroOrder
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import rng
 from ..basis import recompression_note
-from ..layers import Perturbation
+from ..perturbation import Perturbation
 from ..trainables import Core, LowRank, Trainable, low_rank
 from ..zeroth_order import ZeroOrder
 from .checks import check_period

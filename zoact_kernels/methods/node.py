@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import first_order
-from ..layers import Perturbation
+from ..perturbation import Perturbation
 from ..tail import Tail, Values
 from ..trainables import Coefficients, Nodes, Trainable, between
 from ..zeroth_order import Evaluation

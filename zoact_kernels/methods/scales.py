@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers import Perturbation
+from ..perturbation import Perturbation
 from ..trainables import Trainable, scales
 from ..zeroth_order import ZeroOrder
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .. import rng
 from ..fork import running
-from ..layers import Perturbation, ZOLinear, zo_layers
+from ..layers import ZOLinear, zo_layers
+from ..perturbation import Perturbation
 from ..tail import Tail
 from ..trainables import Between, Trainable, between
 from ..zeroth_order import ZeroOrder

@@ -73,17 +73,10 @@ def _encoder(task: Task, dtype: torch.dtype, seed: int) -> tuple[Any, Any]:
     model.bert.load_state_dict(stored)
     new_head(model, seed)
     model.bert.pooler = nn.Identity()
-    model.register_forward_pre_hook(_own_positions, with_kwargs=True)
     model.register_forward_hook(_mean_logits, with_kwargs=True)
     model.eval().requires_grad_(False)
     swap(model, ZOConfig(format="dense", rank=0, layout="row"))
     return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def _own_positions(model: nn.Module, args: tuple, inputs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Positions [S, T]: by itself the model looks up [1, T] for all sequences, which row groups can't share."""
-    ids = inputs["input_ids"]
-    return args, {**inputs, "position_ids": torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)}
 
 
 def _mean_logits(model: nn.Module, args: tuple, inputs: dict[str, Any], output: Any) -> Any:

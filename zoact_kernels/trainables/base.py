@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..embedding import PackedEmbedding
-from ..layers import Mask, ZOLinear, zo_layers
+from ..layers import ZOLinear, zo_layers
+from ..optim import check_entries
+from ..perturbation import Mask
 
 
 class Trainable:
@@ -42,10 +44,18 @@ class Trainable:
         """What a snapshot has to hold besides `value` and `basis`; the tensors themselves, by name."""
         return {}
 
+    def room(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors that can take over `held`: those that are there, or new ones where runs may differ in a size."""
+        return self.held()
+
+    def check_held(self, held: Mapping[str, Tensor]) -> None:
+        """Raises ValueError unless `take` can take over `held`."""
+        check_entries(held, self.room(held), f"state of {self.name}")
+
     def take(self, held: Mapping[str, Tensor]) -> None:
-        """Take over what `held` gave. Raises ValueError, nothing changed, where it does not fit."""
-        if held:
-            raise ValueError(f"state of {self.name} has {', '.join(held)}, unknown here: it belongs to another method")
+        """Take over what `held` gave and `check_held` passed."""
+        for key, tensor in self.held().items():
+            tensor.copy_(held[key])
 
     def settle(self) -> None:
         """Bring what follows from `value` up to date: called after it was moved or loaded, on the device alone."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import rng
-from ..layers import Perturbation, ZOLinear, base_product, zo_layers
-from ..optim import check_entries
+from ..layers import ZOLinear, base_product, zo_layers
+from ..perturbation import Perturbation
 from .base import Trainable
 
 
@@ -49,10 +48,6 @@ class Between(Trainable):
 
     def held(self) -> dict[str, Tensor]:
         return {"left": self.left}
-
-    def take(self, held: Mapping[str, Tensor]) -> None:
-        check_entries(held, self.held(), f"state of {self.name}")
-        self.left.copy_(held["left"])
 
     def anatomy(self) -> dict[str, Any]:
         layer = self.layer

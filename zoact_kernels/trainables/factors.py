@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from .. import rng
 from ..basis import recompress
 from ..formats import CHUNK
-from ..layers import Perturbation, ZOLinear, zo_layers
-from ..optim import check_entries
+from ..layers import ZOLinear, zo_layers
 from ..parameters import Factors, Perturbed, ZODense, ZOEmbedding
+from ..perturbation import Perturbation
 from .base import Trainable, untied_layers
 from .weight import Weight, weights
 
@@ -179,17 +179,18 @@ class LowRank(Trainable):
         assert isinstance(layer, ZOLinear) and layer.base_basis is not None and layer.base_coeff is not None
         return {"base_basis": layer.base_basis, "base_coeff": layer.base_coeff}
 
-    def take(self, held: Mapping[str, Tensor]) -> None:
+    def room(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         mine = self.held()
         if self.weight is None and "base_basis" in held:  # a delta that began with more has more columns
             width = held["base_basis"].shape[-1]
             mine |= {key: mine[key].new_zeros(len(mine[key]), width) for key in ("base_basis", "base_coeff")}
-        check_entries(held, mine, f"state of {self.name}")
-        for key, tensor in mine.items():
-            tensor.copy_(held[key])
+        return mine
+
+    def take(self, held: Mapping[str, Tensor]) -> None:
         if self.weight is None:
-            layer = self.sites[0][0]
-            layer.base_basis, layer.base_coeff = mine["base_basis"], mine["base_coeff"]
+            layer, room = self.sites[0][0], self.room(held)
+            layer.base_basis, layer.base_coeff = room["base_basis"], room["base_coeff"]
+        super().take(held)
 
     def written(self) -> list[Tensor]:
         return [] if self.weight is None else [self.weight]

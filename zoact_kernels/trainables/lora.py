@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import rng
-from ..layers import ZOLinear, group_values, zo_layers
-from ..optim import check_entries
+from ..layers import ZOLinear, zo_layers
+from ..perturbation import group_values
 from .base import Trainable, untied_layers
 from .factors import Coefficients
 
@@ -50,16 +50,15 @@ class LoraB(Coefficients):
             return {}
         return {"base_basis": layer.base_basis, "base_coeff": layer.base_coeff}
 
+    def room(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        sizes = {"base_basis": self.layer.in_features, "base_coeff": self.layer.out_features}
+        rank = next((tensor.shape[-1] for tensor in held.values()), 0)
+        return {k: self.layer.weight.new_zeros(n, rank, dtype=torch.float32) for k, n in sizes.items()} if held else {}
+
     def take(self, held: Mapping[str, Tensor]) -> None:
-        layer = self.layer
-        if not held:
-            layer.base_basis = layer.base_coeff = None
-            return
-        sizes = {"base_basis": layer.in_features, "base_coeff": layer.out_features}
-        rank = next(iter(held.values())).shape[-1]
-        mine = {key: layer.weight.new_zeros(size, rank, dtype=torch.float32) for key, size in sizes.items()}
-        check_entries(held, mine, f"state of {self.name}")
-        layer.base_basis, layer.base_coeff = (tensor.copy_(held[key]) for key, tensor in mine.items())
+        room = self.room(held)
+        self.layer.base_basis, self.layer.base_coeff = room.get("base_basis"), room.get("base_coeff")
+        super().take(held)
 
 
 class LoraA(Trainable):

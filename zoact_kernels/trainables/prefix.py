@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import rng
 from ..activations import evaluating
-from ..layers import Perturbation, Released, group_values
+from ..perturbation import Perturbation, Released, group_values
 from .base import Trainable
 from .lora import set_aside
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 
 from .. import rng
 from ..layers import ZOLinear
-from ..optim import check_entries
 from .base import Trainable, untied_layers
 
 
@@ -56,12 +54,6 @@ class Scales(Trainable):
         if self.offset is None:
             return {"start": self.start}
         return {"start": self.start, "start_offset": self.start_offset, "ratio": self.ratio}
-
-    def take(self, held: Mapping[str, Tensor]) -> None:
-        mine = self.held()
-        check_entries(held, mine, f"state of {self.name}")
-        for key, tensor in mine.items():
-            tensor.copy_(held[key])
 
     def written(self) -> list[Tensor]:
         return [self.value] if self.offset is None else [self.value, self.offset]

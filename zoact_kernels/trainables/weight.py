@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from .. import rng
 from ..embedding import PackedEmbedding
-from ..layers import Mask, Perturbation, ZOLinear, zo_layers
-from ..optim import check_entries
+from ..layers import ZOLinear, zo_layers
 from ..parameters import Perturbed, perturb
+from ..perturbation import Mask, Perturbation
 from .base import Trainable
 
 UNDECAYED = ("bias", "layer_norm", "layernorm")  # in MeZO's released code; a final norm called `norm` decays
@@ -48,12 +48,6 @@ class Weight(Trainable):
     def held(self) -> dict[str, Tensor]:
         """The threshold of a mask by magnitude, which is that of the weights at the beginning."""
         return {"mask": self.mask.value} if self.mask.kind == "magnitude" and self.mask.value is not None else {}
-
-    def take(self, held: Mapping[str, Tensor]) -> None:
-        mine = self.held()
-        check_entries(held, mine, f"state of {self.name}")
-        for key, tensor in mine.items():
-            tensor.copy_(held[key])
 
     def _current(self) -> Tensor:
         tensor = getattr(self.owner, self.key)

@@ -1,4 +1,4 @@
-"""Quantisers: which codes, scale and offset stand for a group of weights. `formats.quantize` calls `fit_groups`.
+"""Fits: which codes, scale and offset stand for a group of weights. `quantize.quantize` calls `fit_groups`.
 
 Each takes x [groups, width] fp32, one group a row, and the dtype its scales are stored in; each returns codes like x in
 the form `formats.PackedWeight.codes` has, scale [groups, 1] and offset [groups, 1] or None. Codes are always chosen for
@@ -24,7 +24,7 @@ CHUNK = 1 << 18  # weights fitted at a time: 1 MB of fp32 stays in L2 over the 1
 
 @dataclass(frozen=True)
 class Options:
-    """How to fit: see `formats.quantize`. `table`: of nf4 and fp4; `short`: the groups are cut off by the end of K."""
+    """How to fit: see `quantize.quantize`. `table`: of nf4 and fp4; `short`: the groups are cut off by the end of K."""
 
     method: str = "mse"
     symmetric: bool = False

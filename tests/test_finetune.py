@@ -71,9 +71,11 @@ def test_job_of_an_unknown_demo() -> None:
         Job(model="m", demo="nothing").examples()
 
 
-def test_demo_recipe_is_rank_one_adam_two_sided() -> None:
+def test_demo_recipe_is_that_of_its_method() -> None:
     recipe = demo_recipe()
-    assert (recipe.optimizer, recipe.sides, recipe.mode) == ("adam", "two-sided", "stacked")
+    assert (recipe.method, recipe.optimizer, recipe.sides, recipe.mode) == (
+        "zo-act-node", "adamw", "two-sided", "stacked",
+    )  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here torch sees one")

@@ -171,7 +171,7 @@ def test_a_run(method, files, tmp_path: Path, capsys):
     """From the command line: every step finite, something moved, the base not, and a resume of the same bits."""
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     given = {"method": method, "lr": None, "dtype": "bfloat16", "eval": None}
-    if method == "zo-act-tail":
+    if method in ("zo-act-tail", "zo-act-node"):
         given |= {"batch-size": 64, "schedule": "constant"}  # an example for every query
     more = ["--dense"] if methods.METHODS[method].dense else []
     assert zoact(*options(files, whole, **given, steps=3), *more) == 0

@@ -46,6 +46,7 @@ def method(kind: str = "llama", model: Any = None, filled: bool = True, **argume
     """An optimizer with bases and values that are random, and a radius that is felt."""
     given: dict[str, Any] = {
         "rank": 5, "outputs": 3, "queries": 3, "sigma": SIGMA, "lr": 0.05, "floor_every": 0, "seed": 9,
+        "weight_decay": 0.0,
     }  # fmt: skip
     model = model if model is not None else fresh("llama" if kind == "down" else kind)
     optimizer = ZOActNode(model, **given | NAMES[kind] | arguments)

@@ -28,7 +28,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def command(files: dict[str, str], out: Path, method: str, **changes: object) -> list[str]:
-    if method == "zo-act-tail":
+    if method in ("zo-act-tail", "zo-act-node"):
         changes = {"batch-size": 64, "schedule": "constant", **changes}  # an example for every query
     given = options(files, out, method=method, lr=None, **changes)
     return [*given, "--dense"] if methods.METHODS[method].dense else given

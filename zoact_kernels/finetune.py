@@ -408,4 +408,4 @@ def demo_job() -> Job:
 
 def demo_recipe() -> Recipe:
     """The committed recipe of `make demo`."""
-    return Recipe(method="zo-act-tail")
+    return Recipe(method="zo-act-node")

@@ -393,7 +393,8 @@ class Tail:
         heads = torch.arange(values.heads, device=every.device)
         made = every[:, heads, heads * every.shape[2] // values.heads].flatten(1)
         error = float((made - found[INPUT]).abs().max() / found[INPUT].abs().max())
-        if not error < CHECKED:
+        # 16-bit mixtures and attention are rounded apart; heads in another order are off by as much as they are
+        if not error < max(CHECKED, 8 * torch.finfo(made.dtype).eps):
             raise ValueError(
                 f"{values.heads} heads of {values.width} mixed by attention are not what {self._first} of {self.name} "
                 f"is given (relative error {error:.1e}): {layer.name} does not make its values, or in another order"

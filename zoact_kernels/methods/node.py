@@ -53,11 +53,13 @@ class ZOActNode(ZOActTail):
         *,
         layers: str = "o_proj,down_proj",
         values: str = "v_proj",
-        rank: int = 128,
+        rank: int = 256,
         outputs: int = 8,
         queries: int = 2,
         sigma: float = 1e-2,
+        optimizer: str = "adamw",
         lr: float = 1e-2,
+        weight_decay: float = 3.0,
         spread: bool = False,
         **others: Any,
     ) -> None:
@@ -69,9 +71,8 @@ class ZOActNode(ZOActTail):
         self.values = values.strip()
         if not self.names:
             raise ValueError(f"layers is {layers!r}; it names linears of the last block, comma-separated")
-        super().__init__(
-            model, rank=rank, outputs=outputs, queries=queries, sigma=sigma, lr=lr, spread=spread, **others
-        )
+        others |= {"optimizer": optimizer, "lr": lr, "weight_decay": weight_decay, "spread": spread}
+        super().__init__(model, rank=rank, outputs=outputs, queries=queries, sigma=sigma, **others)
 
     # --- what is trained ----------------------------------------------------------------------------------------------
 

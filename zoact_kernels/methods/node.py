@@ -43,7 +43,7 @@ class ZOActNode(ZOActTail):
     one_graph = False
     known_sides = ("two-sided",)
     recipe: ClassVar[dict[str, Any]] = {
-        "steps": 800, "batch_size": 256, "length_window": 0, "schedule": "cosine", "floor_every": 0,
+        "steps": 600, "batch_size": 256, "length_window": 0, "schedule": "cosine", "floor_every": 0,
         "snapshot_every": 200,
     }  # fmt: skip
 
@@ -53,13 +53,13 @@ class ZOActNode(ZOActTail):
         *,
         layers: str = "o_proj,down_proj",
         values: str = "v_proj",
-        rank: int = 256,
+        rank: int = 512,
         outputs: int = 8,
         queries: int = 2,
         sigma: float = 1e-2,
         optimizer: str = "adamw",
         lr: float = 1e-2,
-        weight_decay: float = 3.0,
+        weight_decay: float = 4.0,
         spread: bool = False,
         **others: Any,
     ) -> None:

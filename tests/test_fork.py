@@ -446,7 +446,7 @@ def test_nothing_of_a_fork_stays() -> None:
         assert "forward" in vars(model.model)
         assert list(model.state_dict()) == list(late().state_dict())
     assert set(vars(model.model.layers[0])) == names and "forward" not in vars(model.model)
-    assert room._state(fork._prefix)
+    assert room.versions(fork._prefix)
     own = model.model.layers[2].forward
     model.model.layers[2].forward = lambda *a, **k: own(*a, **k)  # as offloading hooks do
     mine = model.model.layers[2].forward

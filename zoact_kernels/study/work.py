@@ -24,7 +24,7 @@ from ..backend import environment
 from ..finetune import Part, compare_costs
 from ..layers import zo_layers
 from ..losses import evaluate, group_losses
-from ..methods import METHODS, StepResult
+from ..methods import METHODS, StepResult, arguments
 from ..methods.activation import ZOAct
 from ..runlog import EvalRow, RunLog, StepRow
 from ..trainer import Recipe, Watch, train
@@ -32,11 +32,11 @@ from . import first_order, measures
 from .meter import Meter
 from .plan import BEFORE, Contender, Row, Run, Set, contender, due, sets
 from .queue import Claim, Queue
-from .settings import Setting, give_basis, load, spread
+from .settings import TARGETS, Setting, give_basis, load, spread
 
 BATCH = 16
 EVAL_BATCH = 32
-POINTS = 8  # evaluations along a final run, besides the one before
+POINTS = 4  # evaluations along a final run, besides the one before
 COST_STEPS, COST_REPEATS = 10, 5
 BASIS_BATCHES = 2
 
@@ -73,10 +73,12 @@ class Measured(Watch):
         return (self.reported - self.setup) / self.steps if self.steps else math.nan
 
 
-def recipe_of(who: Contender, *, lr: float, steps: int, seed: int, eval_every: int = 0) -> Recipe:
-    """The recipe of a contender: its method's defaults, constant lr, BATCH examples of any length."""
+def recipe_of(who: Contender, *, lr: float, steps: int, seed: int, model: str = "", eval_every: int = 0) -> Recipe:
+    """The recipe of a contender on a model: its method's defaults, constant lr, BATCH examples of any length."""
     dense = not who.first_order and METHODS[who.method].dense and METHODS[who.method].replayable
-    given = {"basis_batches": BASIS_BATCHES, **who.recipe, "lr": lr}
+    given: dict[str, Any] = {"basis_batches": BASIS_BATCHES, **who.recipe, "lr": lr}
+    if model in TARGETS and not who.first_order and "targets" in arguments(who.method):
+        given["options"] = {"targets": TARGETS[model]}
     return Recipe(
         method="zo-act" if who.first_order else who.method,
         steps=steps, seed=seed, batch_size=BATCH, floor_every=0, eval_every=eval_every,
@@ -115,7 +117,7 @@ def perform(claim: Claim, given: Set | None, rows: dict[str, Row], deadline: flo
     steps = max(1, int((run.forwards - costs["setup_forwards"]) / costs["forwards_per_step"]))
     every = max(1, round(steps / POINTS)) if run.stage == "final" else 0
     assert run.lr is not None
-    recipe = recipe_of(who, lr=run.lr, steps=steps, seed=run.seed, eval_every=every)
+    recipe = recipe_of(who, lr=run.lr, steps=steps, seed=run.seed, model=given.model, eval_every=every)
     setting = load(given.model, given.task, seed=run.seed)
     shown = setting.held_out if run.stage == "final" else setting.validation
     if who.first_order:
@@ -188,7 +190,7 @@ def _train_first_order(
 def cost(given: Set, who: Contender, directory: Path, deadline: float) -> dict[str, Any]:
     """Forwards of a step as counted, and its time and peak beside the plain forward of as many rows, interleaved."""
     shutil.rmtree(directory / "log", ignore_errors=True)
-    recipe = recipe_of(who, lr=who.centre(given.scale), steps=COST_STEPS, seed=0)
+    recipe = recipe_of(who, lr=who.centre(given.scale), steps=COST_STEPS, seed=0, model=given.model)
     setting = load(given.model, given.task)
     batch = setting.training.batch_at(recipe, 0)
     if who.first_order:

@@ -4,7 +4,7 @@
 
 What comes before the tail is computed once for all of them, and the held-out questions are looked at through it too, so
 that a variant costs its steps alone. Rows go to results/recipe.jsonl, the table to recipe.md; variants that have a row
-for as many steps are left out. Differences from the default are paired over the same questions. Choose by `validation`.
+of that very recipe are left out. Differences from the default are paired over the same questions. Choose by validation.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ from .timing import machine
 
 ROWS = "recipe.jsonl"
 DEFAULT = "default"
+OPTIONS = ("rank", "outputs")  # changes that are the method's own
 
 
 class Variant(NamedTuple):
@@ -72,27 +74,35 @@ VARIANTS = {
     DEFAULT: Variant("as `make demo` has it", {}),
     "no values": Variant("C of the values stays 0", {}, ("v_proj",)),
     "last alone": Variant("nothing but the last projection", {}, ("v_proj", "o_proj")),
-    "rank 128": Variant("128 input directions", {"rank": 128}),
-    "rank 32": Variant("32", {"rank": 32}),
-    "no decay": Variant("weight_decay 0", {"weight_decay": 0.0}),
     "not whitened": Variant("directions of one length", {}, (), plain_bases),
     "random outputs": Variant("8 random directions for U", {}, (), random_outputs),
-    "1 query": Variant("one pair a step", {"queries": 1}),
-    "8 queries": Variant("eight", {"queries": 8}),
-    "batch 64": Variant("64 questions a step", {"batch_size": 64}),
+    "no decay": Variant("weight_decay 0", {"weight_decay": 0.0}),
+    "bases of 512": Variant("bases of 512 questions, not 2 048", {"basis_batches": 2}),
+    "bases of all": Variant("bases of all 3 782", {"basis_batches": 15}),
+    "rank 256": Variant("256 input directions", {"rank": 256}),
+    "rank 128": Variant("128", {"rank": 128}),
+    "rank 32": Variant("32", {"rank": 32}),
+    "16 outputs": Variant("16 output directions", {"outputs": 16}),
     "constant lr": Variant("no cosine", {"schedule": "constant"}),
-    "1 800 steps": Variant("three times the steps", {"steps": 3.0}),
+    "lr halved": Variant("lr 5e-3", {"lr": 5e-3}),
+    "lr doubled": Variant("lr 2e-2", {"lr": 2e-2}),
+    "decay doubled": Variant("weight_decay 8", {"weight_decay": 8.0}),
+    "1 query": Variant("one pair a step", {"queries": 1}),
+    "4 queries": Variant("four", {"queries": 4}),
+    "batch 64": Variant("64 questions a step", {"batch_size": 64}),
+    "half the steps": Variant("300", {"steps": 0.5}),
+    "twice the steps": Variant("1 200", {"steps": 2.0}),
 }
 
 
 def recipe_of(variant: Variant, steps: int) -> Recipe:
-    own = {name: value for name, value in variant.changes.items() if name != "rank"}
+    own = {name: value for name, value in variant.changes.items() if name not in OPTIONS}
     if "steps" in own:
         own["steps"] = round(steps * own["steps"])
     return Recipe(
         method=ZOActNode.name,
         **{"steps": steps, **own},
-        options={k: v for k, v in variant.changes.items() if k == "rank"},
+        options={k: v for k, v in variant.changes.items() if k in OPTIONS},
     )
 
 
@@ -188,9 +198,10 @@ def main(given: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(given)
     file = asked.out / ROWS
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    rows = {row["variant"]: row for row in map(json.loads, lines) if row["variant"] in VARIANTS}
-    known = [n for n, row in rows.items() if row["steps"] == recipe_of(VARIANTS[n], asked.steps).steps]
-    due = [name for name in asked.only or VARIANTS if name not in known]
+    rows = {row["variant"]: row for row in map(json.loads, lines) if row["variant"] in VARIANTS and "recipe" in row}
+    wanted = {name: asdict(recipe_of(variant, asked.steps)) for name, variant in VARIANTS.items()}
+    rows = {name: row for name, row in rows.items() if row["recipe"] == wanted[name]}
+    due = [name for name in asked.only or VARIANTS if name not in rows]
     bench = Bench()
     with Progress(TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
         for name in due:
@@ -198,7 +209,7 @@ def main(given: Sequence[str] | None = None) -> int:
             row = bench.run(
                 VARIANTS[name], asked.steps, lambda done, of, bar=bar: progress.update(bar, completed=done, total=of)
             )
-            rows[name] = {"variant": name, **row, "machine": machine()}
+            rows[name] = {"variant": name, "recipe": wanted[name], **row, "machine": machine()}
             write_whole(file, "".join(json.dumps(row) + "\n" for row in rows.values()))
             write_whole(asked.out / "recipe.md", table(rows))
             progress.console.print(f"{name}: loss {row['loss']}, accuracy {row['accuracy']}", markup=False)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def options(files: dict[str, str], out: Path, **changes: object) -> list[str]:
     given: dict[str, object] = {
-        **files, "prompt": PROMPT, "labels": LABEL_OPTION, "out": out, "group-size": 32, "steps": 6,
+        **files, "method": "zo-act", "prompt": PROMPT, "labels": LABEL_OPTION, "out": out, "group-size": 32, "steps": 6,
         "batch-size": 4, "lr": 0.02, "snapshot-every": 2, "threads": 1, "basis-batches": 1, **changes,
     }  # fmt: skip
     listed = [(f"--{name}", str(value)) for name, value in given.items() if value is not None]
@@ -84,6 +85,36 @@ def test_replay_and_export_give_the_adapter_of_the_run(run: Path, tmp_path: Path
         original = (run / "adapter" / name).read_bytes()
         assert (tmp_path / "replayed" / name).read_bytes() == original
         assert (tmp_path / "exported" / name).read_bytes() == original
+
+
+def test_the_method_is_what_learned_most_where_it_fits(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = finetune.Job(model="m", train="t", labels=LABELS)
+    assert finetune.default_method(job) == "zo-act-node" == finetune.demo_recipe().method
+    asked = {"rank": 2, "ranks": {"*": 2}, "targets": ("*",), "adapter": "a", "dense": True, "classifier": True}
+    for name, value in {**asked, "completion": "{answer}"}.items():
+        assert finetune.default_method(replace(job, **{name: value})) == "zo-act"
+    for given, method in ((None, "zo-act-node"), ("2", "zo-act")):
+        out = tmp_path / method
+        assert zoact(*options(files, out, method=None, rank=given, steps=2)) == 0
+        assert f"{method}: loading" in capsys.readouterr().out
+        with RunLog.open(out) as log:
+            assert log.meta["recipe"]["method"] == method
+        assert zoact("finetune", "--resume", "--out", str(out)) == 0
+        assert zoact("export", str(out), "--out", str(tmp_path / f"adapter of {method}")) == 0
+    assert zoact("replay", str(tmp_path / "zo-act-node")) == 2
+    assert "zoact finetune --resume" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_rank_that_the_method_does_not_take(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for method, told in (("zo-act-node", "its own is an option"), ("mezo", "it has none")):
+        assert zoact(*options(files, tmp_path / "run", method=method, rank=3), *["--dense"] * (method == "mezo")) == 2
+        said = capsys.readouterr().err.replace("\n", " ")
+        assert "`rank` is 3" in said and told in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_continue_from_an_adapter(run: Path, files: dict[str, str], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def test_a_variant_differs_in_what_it_says(name: str) -> None:
     variant, usual = room.VARIANTS[name], room.recipe_of(room.VARIANTS[room.DEFAULT], 600)
     given = room.recipe_of(variant, 600)
     apart = {key for key, value in vars(given).items() if value != vars(usual)[key]}
-    assert apart == {"options" if key == "rank" else key for key in variant.changes}
+    assert apart == {"options" if key in room.OPTIONS else key for key in variant.changes}
     assert (
         name == room.DEFAULT
         or bool(apart)

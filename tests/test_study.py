@@ -22,6 +22,7 @@ from zoact_kernels.data import Task, read
 from zoact_kernels.integrations.transformers import load_model
 from zoact_kernels.layers import zo_layers
 from zoact_kernels.losses import group_losses
+from zoact_kernels.methods import METHODS, arguments
 from zoact_kernels.study import measures, meter, plan, report, rows, settings, work
 from zoact_kernels.study.plan import Row, Run, Set
 from zoact_kernels.study.queue import ATTEMPTS, Queue
@@ -214,6 +215,33 @@ def test_the_grid_grows_while_the_best_is_an_end() -> None:
     hopeless = sweep_of({1e-4: None, 3.16e-4: None, 1e-3: None, 3.16e-3: None})
     assert plan.chosen(TINY, who, hopeless) == (None, False)
     assert not [run for _, run in plan.due(hopeless, [TINY]) if run.stage == "final" and run.contender == "zo-act"]
+
+
+def test_a_set_may_take_the_lr_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = TINY._replace(name="other", contenders=("zo-act",), rates="tiny")
+    monkeypatch.setattr(plan, "sets", lambda: (TINY, other))
+    cost = Run("other", "cost", "zo-act")
+    known = sweep_of({1e-4: 3.0, 3.16e-4: 1.0, 1e-3: 2.0, 3.16e-3: None}) | {cost.id: Row(cost, "done", {})}
+    runs = [run for _, run in plan.due(known, [other]) if run.contender == "zo-act"]
+    assert [(run.stage, run.lr) for run in runs] == [("cost", None)] + [("final", 3.16e-4)] * len(plan.SEEDS)
+    undecided = {cost.id: Row(cost, "done", {})}
+    assert [run.stage for _, run in plan.due(undecided, [other]) if run.contender == "zo-act"] == ["cost"]
+
+
+def test_rates_are_of_a_set_of_the_same_model_and_contenders() -> None:
+    by_name = {given.name: given for given in plan.sets()}
+    for given in by_name.values():
+        if given.rates:
+            base = by_name[given.rates]
+            assert (base.model, base.rates, base.sweep) == (given.model, "", given.sweep)
+            assert set(given.contenders) <= set(base.contenders)
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if "targets" in arguments(n)])
+def test_adapters_go_where_the_model_has_projections(name: str) -> None:
+    who = plan.contender(name)
+    assert work.recipe_of(who, lr=1.0, steps=1, seed=0, model="dense").options == {}
+    assert work.recipe_of(who, lr=1.0, steps=1, seed=0, model="encoder").options == {"targets": "query,value"}
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from .integrations.peft import export_adapter, import_adapter
 from .integrations.transformers import load_model
 from .layers import zo_layers
 from .losses import Batch, group_losses
-from .methods import METHODS
+from .methods import METHODS, arguments
 from .methods.lora import MeZOPrefix
 from .plots import draw_curve
 from .rng import seed_for
@@ -177,6 +177,13 @@ class Outcome:
     base_unchanged: bool
 
 
+def default_method(job: Job) -> str:
+    """zo-act-node for label words of a language model, where it learned most (benchmarks/results/recipe.md); zo-act for
+    all else, and where something is asked of the layers' bases, which zo-act-node has of its own."""
+    asked = job.rank != 1 or job.ranks or job.targets or job.adapter or job.dense
+    return "zo-act" if asked or job.classifier or job.completion else "zo-act-node"
+
+
 def load(job: Job, *, adapter: bool = True) -> Loaded:
     """Read the data, then load the model, and the adapter to continue from unless told not to (a snapshot has it).
 
@@ -220,8 +227,11 @@ def finetune(
     """Run or resume a job in `directory`; see `trainer.train` for what ends it and what it raises."""
     watch = watch or Watch()
     if METHODS[recipe.method].basis != "activations":
+        if job.rank > 1 or job.ranks:
+            own = "its own is an option, rank=..." if "rank" in arguments(recipe.method) else "it has none"
+            raise ValueError(f"`rank` is {job.rank}, `ranks` {job.ranks}, which {recipe.method} does not take: {own}")
         job = replace(job, rank=0, ranks={})
-    watch.said(f"loading {job.model}")
+    watch.said(f"{recipe.method}: loading {job.model}")
     loaded = load(job, adapter=not resume)
     if prefix_of(loaded.model) is not None and not issubclass(METHODS[recipe.method], MeZOPrefix):
         raise ValueError(

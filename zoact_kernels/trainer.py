@@ -36,7 +36,8 @@ from .runlog import EvalRow, RunError, RunLog, StepRow, hash_tensors, update_has
 
 METHOD: Any = None  # default of a recipe's field: what the method's own is
 USUAL = {
-    "steps": 200, "batch_size": 16, "length_window": 8, "schedule": "constant", "basis_batches": 2, "snapshot_every": 50,
+    "steps": 200, "batch_size": 16, "length_window": 8, "schedule": "constant", "basis_batches": 2,
+    "snapshot_every": 50,
 }  # fmt: skip
 FREE = ("eval_every", "snapshot_every")  # of a recipe: may change at resume, since no bit of C depends on them
 

@@ -48,7 +48,10 @@ def finetune(
     completion: Annotated[str, about("template of the answer, instead of --labels")] = "",
     separator: Annotated[str, about("between prompt and answer")] = " ",
     max_length: Annotated[int, about("tokens of a sequence; prompts lose their beginning")] = 512,
-    method: Annotated[str, about("what is perturbed and how it moves: see `zoact methods`")] = Recipe.method,
+    method: Annotated[
+        str | None,
+        about("what is perturbed and how it moves: see `zoact methods` (default: zo-act-node for --labels, or zo-act)"),
+    ] = None,
     option: Annotated[list[str] | None, about("argument that only the method has: name=value (repeat)")] = None,
     rank: Annotated[int, about("rank of each layer's basis")] = 1,
     ranks: Annotated[str, about("ranks of their own: '*.q_proj=4,*.down_proj=0'")] = "",
@@ -120,7 +123,9 @@ def finetune(
             raise ValueError(
                 "a new run needs --model and --train or --demo (or --resume with the --out of an earlier one)"
             )
-        job, recipe = room.Job(**fields_of(room.Job, options)), Recipe(**fields_of(Recipe, options))
+        job = room.Job(**fields_of(room.Job, options))
+        options["method"] = method or room.default_method(job)
+        recipe = Recipe(**fields_of(Recipe, options))
     with Display() as display:
         outcome, _ = room.finetune(job, recipe, out, resume=resume, watch=display)
     _print_outcome(outcome)

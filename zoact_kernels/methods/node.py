@@ -44,7 +44,7 @@ class ZOActNode(ZOActTail):
     known_sides = ("two-sided",)
     recipe: ClassVar[dict[str, Any]] = {
         "steps": 600, "batch_size": 256, "length_window": 0, "schedule": "cosine", "floor_every": 0,
-        "snapshot_every": 200,
+        "basis_batches": 8, "snapshot_every": 200,  # 2 048 rows for 512 directions
     }  # fmt: skip
 
     def __init__(

@@ -22,8 +22,8 @@ from zoact_kernels.data import Task, read
 from zoact_kernels.integrations.transformers import load_model
 from zoact_kernels.layers import zo_layers
 from zoact_kernels.losses import group_losses
-from zoact_kernels.methods import METHODS, arguments
-from zoact_kernels.study import measures, meter, plan, report, rows, settings, work
+from zoact_kernels.methods import METHODS, arguments, create
+from zoact_kernels.study import curvature, measures, meter, plan, report, rows, settings, work
 from zoact_kernels.study.plan import Row, Run, Set
 from zoact_kernels.study.queue import ATTEMPTS, Queue
 from zoact_kernels.study.statistics import expected_cosine, interval, seed_interval, t_quantile
@@ -416,3 +416,43 @@ def test_gradients_and_derivatives_agree(tiny: Path) -> None:
         assert torch.allclose(part, wanted, atol=1e-5 * float(wanted.abs().max()) + 1e-7)
     shares = measures.shares(whole[name], torch.eye(whole[name].shape[1]), (1, whole[name].shape[1]))
     assert 0 <= shares[0] < shares[1] == 1
+
+
+def test_the_gain_of_a_quadratic_is_slope_over_trace() -> None:
+    """Loss g w + w H w / 2, directions in a subspace: |P g|^2 / (2 tr P H P), whatever the length of z."""
+    generator = np.random.default_rng(5)
+    root, g = generator.normal(size=(200, 200)), generator.normal(size=200)
+    for basis, length in ((np.eye(200), 1.0), (np.linalg.qr(generator.normal(size=(200, 60)))[0], 7.0)):
+        z = length * generator.normal(size=(4000, basis.shape[1])) @ basis.T
+        seen, error = curvature.gain(z @ g, np.square(z @ root).sum(1))
+        inside = basis.T @ g
+        wanted = float(inside @ inside) / (2 * float(np.square(root @ basis).sum()))
+        assert abs(seen - wanted) < 4 * error and error < 0.05 * seen
+
+
+def test_slope_and_curvature_are_those_of_materialised_weights(tiny: Path) -> None:
+    setting = settings.load("tiny", "colours")
+    settings.give_basis(setting, 2, work.recipe_of(plan.contender("zo-act"), lr=1.0, steps=1, seed=0))
+    layers = {name: layer for name, layer in zo_layers(setting.model).items() if layer.basis is not None}
+    directions = {name: (layer.basis, layer.param_id) for name, layer in layers.items()}
+    batch, sigma = setting.training.dataset.batch(range(6)), 0.05
+    optimizer = create("zo-act", setting.model, optimizer="sgd", lr=curvature.NO_STEP, sigma=sigma)
+    seeds: list[torch.Tensor] = []
+    step_on = optimizer.step_on
+    optimizer.step_on = lambda *given: seeds.append((found := step_on(*given)).seeds) or found
+    slopes, bends = curvature.curvatures(setting.model, optimizer, batch, 3)
+    weights = {name: layer.weight.clone() for name, layer in layers.items()}
+    plain, losses = settings.plain(setting), []
+    for seed in seeds:
+        for sign in (1, -1, 0):
+            for name, (basis, param_id) in directions.items():
+                z = torch.empty(weights[name].shape[0], basis.shape[1])
+                measures.fill_normal(z, seed, param_id)
+                plain.get_submodule(name).weight.data = weights[name] + sign * sigma * z @ basis.T
+            losses.append(float(group_losses(plain, batch).double().mean()))
+    for draw, (slope, bend) in enumerate(zip(slopes, bends, strict=True)):
+        up, down, middle = losses[3 * draw : 3 * draw + 3]
+        # A few roundings of losses near 2: 1e-6 over sigma^2
+        assert slope == pytest.approx((up - down) / (2 * sigma), abs=2e-5)
+        assert bend == pytest.approx((up + down - 2 * middle) / sigma**2, abs=8e-4)
+        assert abs(bend) > 8e-3

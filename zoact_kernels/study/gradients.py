@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,14 @@ Table = dict[str, Any]
 def section(rows: Mapping[str, Row], folder: Path) -> list[str]:
     """Nothing where nothing was measured."""
     lines = []
-    for name, told in (("cosine", _cosine), ("energy", _energy), ("refresh", _refresh), ("precision", _precision)):
+    kinds = {
+        "cosine": _cosine,
+        "curvature": _curvature,
+        "energy": _energy,
+        "refresh": _refresh,
+        "precision": _precision,
+    }
+    for name, told in kinds.items():
         row = rows.get(Run("measures", "measure", name).id)
         if row is not None and row.state == "done":
             lines += told(row.result, folder)
@@ -68,6 +75,31 @@ def _cosine(table: Table, folder: Path) -> list[str]:
         panels.append((f"{structure}, layer", "|cos|", [seen, Line("theory", x, of["theory"][here], None, False)]))
     draw_panels(panels, folder / "cosine.png", columns=2)
     return [*lines, "", expected, "", "![cosines by layer](cosine.png)", ""]
+
+
+def _curvature(table: Table, folder: Path) -> list[str]:
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+    base = next(row for row in rows if row["contender"] == "mezo")
+    lines = [
+        "### What a step along a random direction can gain",
+        "",
+        "All trained weights at once, along noise as the method makes it: its slope d, the curvature h = zᵀHz that it "
+        "meets, both by two-sided differences of radius 1e-3, and the most that a plain step of one size can take off "
+        "the loss, E[d²] / (2 E[h]), with its standard error. The length of z drops out of it, and so does the angle "
+        "by itself: a subspace that holds as much of the curvature as of the gradient gains nothing by being small.",
+        "",
+        f"| contender ({base['draws']} draws) | E[d²] | E[h] | gain a step | of MeZO's |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        share = row["gain"] / base["gain"]
+        error = share * math.hypot(row["gain error"] / row["gain"], base["gain error"] / base["gain"])
+        ratio = "1" if row is base else f"{share:.2f} ± {error:.2f}"
+        lines.append(
+            f"| {row['contender']} | {row['slope']:.3g} ± {row['slope error']:.2g} | {row['curvature']:.4g} ± "
+            f"{row['curvature error']:.2g} | {row['gain']:.3f} ± {row['gain error']:.3f} | {ratio} |"
+        )
+    return [*lines, ""]
 
 
 def _energy(table: Table, folder: Path) -> list[str]:
@@ -143,3 +175,8 @@ def _precision(table: Table, folder: Path) -> list[str]:
             error = math.sqrt(((seen - exact) ** 2).mean() / (exact**2).mean())
             lines.append(f"| {model} | {sigma:g} | {100 * error:.2g} % | {np.corrcoef(seen, exact)[0, 1]:.4f} |")
     return [*lines, ""]
+
+
+TOLD: Mapping[str, Callable[[Table, Path], list[str]]] = {
+    "cosine": _cosine, "curvature": _curvature, "energy": _energy, "refresh": _refresh, "precision": _precision,
+}  # fmt: skip

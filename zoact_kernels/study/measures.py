@@ -3,6 +3,7 @@
     cosine     |cos| of single directions with the gradient of their layer, by structure, beside what theory says
     energy     share |grad A|^2 / |grad|^2 of the activation basis, by layer, rank 1-64 and 1-64 calibration batches
     refresh    the same along a first-order trajectory: the one-shot basis beside bases of the model as it is by then
+    curvature  what a step along a direction gains: slope against curvature, by method (see `curvature`)
     precision  the directional derivative that two perturbed forwards give beside autograd's: fp32, bf16, int4
 
 The gradient is that of the mean loss of GRADIENT examples of the training split; bases see other examples of it. An
@@ -25,6 +26,7 @@ from ..layers import perturbed, zo_layers
 from ..losses import Batch, group_losses
 from ..trainables.factors import fill_normal
 from ..trainer import Recipe, head_on_last_token
+from .curvature import curvature
 from .first_order import FirstOrder
 from .settings import Setting, give_basis, load, plain
 from .statistics import expected_cosine
@@ -301,6 +303,7 @@ def _short(value: Any) -> float:
 
 MEASURES: Mapping[str, Callable[[], dict[str, Any]]] = {
     "cosine": cosine,
+    "curvature": curvature,
     "energy": energy,
     "refresh": refresh,
     "precision": precision,

@@ -120,7 +120,7 @@ def sets() -> tuple[Set, ...]:
     )
 
 
-MEASURES = ("cosine", "energy", "refresh", "precision")
+MEASURES = ("cosine", "curvature", "energy", "refresh", "precision")
 MEASURES_RANK = 2
 
 

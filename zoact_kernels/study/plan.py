@@ -63,7 +63,8 @@ VARIANTS = {
         Contender("zo-act q4", "zo-act", recipe={"queries": 4}),
         Contender("zo-act q8", "zo-act", recipe={"queries": 8}),
         Contender("zo-act 16 batches", "zo-act", recipe={"basis_batches": 16}),
-        Contender("zo-act sgd", "zo-act", recipe={"optimizer": "sgd", "lr": 1e-4}),
+        Contender("zo-act sgd", "zo-act", recipe={"optimizer": "sgd", "lr": 3e-5}),
+        Contender("zo-act sgd r16", "zo-act", rank=16, recipe={"optimizer": "sgd", "lr": 3e-5}),
     )
 }
 
@@ -97,7 +98,7 @@ class Set(NamedTuple):
 
 CORE = ("zo-act", "mezo", "lozo", "subzero")
 _LOW_BIT = ("zo-act", "lozo", "subzero", "qzo", ADAM_ON_C.name)
-_DENSE = (*CORE, LORA.name)
+_DENSE = (*CORE, "zo-act sgd", "zo-act sgd r16", LORA.name)
 
 
 def everything() -> tuple[str, ...]:

@@ -81,7 +81,10 @@ class ZOActNode(ZOActTail):
         for name in (*self.names, *([self.values] if self.values else [])):
             if not any(_called(full, name) for full in found):
                 known = ", ".join(full.rpartition(".")[2] for full in found)
-                raise ValueError(f"layers or values has {name!r}; the last block has the swapped linears {known}")
+                raise ValueError(
+                    f"layers or values has {name!r}; the last block has the swapped linears {known or 'none'}. Name "
+                    "those that attention and the block end with, and the values', or take another method: zo-act"
+                )
         self.free(model)
         for full, layer in found.items():
             if any(_called(full, name) for name in self.names):

@@ -112,12 +112,12 @@ def sets() -> tuple[Set, ...]:
     return (
         Set("encoder-trec", "encoder", "trec", everything(), 2400, 6400, 100.0, 1),
         Set("dense-trec", "dense", "trec", _DENSE, 1600, 3200, 10.0, 3),
-        Set("dense-sms", "dense", "sms", _DENSE, 1600, 3200, 10.0, 4, "dense-trec"),
-        Set("dense-reviews", "dense", "reviews", _DENSE, 1600, 3200, 10.0, 4, "dense-trec"),
+        Set("dense-sms", "dense", "sms", _DENSE, 1600, 1600, 10.0, 4, "dense-trec"),
+        Set("dense-reviews", "dense", "reviews", _DENSE, 1600, 1600, 10.0, 4, "dense-trec"),
         Set("encoder-ablation", "encoder", "trec", tuple(VARIANTS), 2400, 6400, 100.0, 5),
         Set("int4-trec", "int4", "trec", _LOW_BIT, 1600, 3200, 10.0, 6),
-        Set("int4-sms", "int4", "sms", _LOW_BIT, 1600, 3200, 10.0, 7, "int4-trec"),
-        Set("int4-reviews", "int4", "reviews", _LOW_BIT, 1600, 3200, 10.0, 7, "int4-trec"),
+        Set("int4-sms", "int4", "sms", _LOW_BIT, 1600, 1600, 10.0, 7, "int4-trec"),
+        Set("int4-reviews", "int4", "reviews", _LOW_BIT, 1600, 1600, 10.0, 7, "int4-trec"),
     )
 
 

@@ -209,7 +209,7 @@ def test_a_run_resumed_replayed_and_exported(tiny: Tiny, tmp_path: Path) -> None
 def test_a_run_refuses_a_batch_that_queries_cannot_share(tiny: Tiny, tmp_path: Path) -> None:
     for options, text in (
         ({"batch_size": 10}, "queries can't share"),
-        ({"micro_batch": 4}, "2 micro-batches"),
+        ({"micro_batch": 4}, "`micro_batch` is 4"),
         ({"mode": "sequential"}, "spread goes with"),
         ({"sides": "one-sided"}, "spread goes with"),
     ):

@@ -102,7 +102,7 @@ class Recipe:
 
     def create(self, model: nn.Module) -> ZeroOrder:
         """The optimizer of this recipe. Raises ValueError for values out of range."""
-        return create(
+        optimizer = create(
             self.method,
             model,
             betas=(self.beta1, self.beta2),
@@ -113,6 +113,9 @@ class Recipe:
                 "seed noise floor_every fork prefix_cache spread".split()
             },
         )
+        if optimizer.whole_batch and 0 < self.micro_batch < self.batch_size:
+            raise ValueError(f"`micro_batch` is {self.micro_batch}; {self.method} takes its batch whole here (0)")
+        return optimizer
 
 
 class Watch:

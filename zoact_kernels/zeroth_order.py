@@ -248,6 +248,11 @@ class ZeroOrder:
         """Give a freshly loaded model the shape that it had in the run whose snapshot `state` is."""
 
     @property
+    def whole_batch(self) -> bool:
+        """Whether a step's examples can't be given in parts."""
+        return self.spread
+
+    @property
     def copies(self) -> int:
         """Of a batch, that a stacked forward is given: one for every row group, or for + and - of all queries."""
         return 2 if self.spread else self.groups
@@ -297,10 +302,8 @@ class ZeroOrder:
         parts = list(evaluations)
         if not parts:
             raise ValueError("evaluations is empty; a step needs at least one batch")
-        if self.spread and len(parts) > 1:
-            raise ValueError(
-                f"spread deals a whole batch out to the queries; it is given in {len(parts)} micro-batches"
-            )
+        if self.whole_batch and len(parts) > 1:
+            raise ValueError(f"{self.name} deals noise out to a whole batch; it is given in {len(parts)} micro-batches")
         self._prepare()
         with evaluating(self.model):
             shrunk = self._evaluate(parts, estimators.FLOOR_SHRINK, rows).cpu() if self._floor_is_due() else None

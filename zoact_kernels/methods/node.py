@@ -41,6 +41,7 @@ class ZOActNode(ZOActTail):
     summary = "of this package: zo-act-tail's numbers and attention's values, by noise on outputs, each row its own"
     replayable = False  # the rows that noise is multiplied with are in no log
     one_graph = False
+    whole_batch = True
     known_sides = ("two-sided",)
     recipe: ClassVar[dict[str, Any]] = {
         "steps": 600, "batch_size": 256, "length_window": 0, "schedule": "cosine", "floor_every": 0,
@@ -136,8 +137,6 @@ class ZOActNode(ZOActTail):
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def _estimate(self, parts: Sequence[Evaluation], rows: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        if len(parts) > 1:
-            raise ValueError(f"{self.name} takes a whole batch; it is given in {len(parts)} micro-batches")
         losses, weights = super()._estimate(parts, rows)
         self.rule.gradients = self._gradients(losses)
         return losses, weights

@@ -315,6 +315,20 @@ def test_compare_costs_leaves_the_state_alone(files: dict[str, str], tmp_path: P
         finetune.finetune(job, recipe, tmp_path / "run")
 
 
+def test_a_long_forward_is_timed_once(files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = finetune.Job(model=files["model"], train=files["train"], prompt=PROMPT, labels=LABELS, group_size=32)
+    recipe = finetune.Recipe(steps=1, batch_size=4, basis_batches=1)
+    outcome, loaded = finetune.finetune(job, recipe, tmp_path / "run")
+    ran: list[int] = []
+    losses = finetune.group_losses
+    monkeypatch.setattr(finetune, "group_losses", lambda *given: ran.append(1) or losses(*given))
+    for long, runs in ((1e9, 2 * (2 + 3)), (0.0, 2)):  # two to begin with and three repeats, of each; one of each
+        ran.clear()
+        monkeypatch.setattr(finetune, "LONG", long)
+        costs = finetune.compare_costs(outcome.result.optimizer, loaded.training.batch_at(recipe, 0), repeats=3)
+        assert len(ran) == runs and costs.step_seconds > 0 and costs.forward_seconds > 0
+
+
 def test_demo_ends_with_its_table_and_never_overwrites(
     files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

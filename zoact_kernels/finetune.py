@@ -344,6 +344,9 @@ class Costs:
     rows: int
 
 
+LONG = 10.0  # seconds of a run that is not repeated
+
+
 def compare_costs(optimizer: ZeroOrder, batch: Batch, repeats: int = 9) -> Costs:
     """Measure both on `batch`; the optimizer's state is put back afterwards.
 
@@ -366,18 +369,22 @@ def compare_costs(optimizer: ZeroOrder, batch: Batch, repeats: int = 9) -> Costs
     try:
         peaks: list[int | None] = []
         times: tuple[list[float], list[float]] = ([], [])
-        for run in (forward, step):
-            run()  # warm
-            start = time.perf_counter()
-            with memory.peak_memory(str(optimizer.device)) as peak:
-                run()
+        for run, seconds in zip((forward, step), times, strict=True):
+            for _ in range(2):  # the first one warms up, unless it takes so long that this does not show
+                start = time.perf_counter()
+                with memory.peak_memory(str(optimizer.device)) as peak:
+                    run()
+                if (took := time.perf_counter() - start) > LONG:
+                    seconds.append(took)
+                    break
             peaks.append(peak.bytes)
-            repeats = min(repeats, 1 + int(10 / (time.perf_counter() - start)))
+            repeats = min(repeats, 1 + int(LONG / took))
         for _ in range(repeats):
             for run, seconds in zip((forward, step), times, strict=True):
-                start = time.perf_counter()
-                run()
-                seconds.append(time.perf_counter() - start)
+                if not seconds or seconds[0] < LONG:
+                    start = time.perf_counter()
+                    run()
+                    seconds.append(time.perf_counter() - start)
     finally:
         optimizer.floor_every = every
         optimizer.load_state_dict(state)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import base64
 import functools
+import importlib
 import json
 import math
 import sys
@@ -29,6 +30,7 @@ from zoact_kernels import finetune
 from zoact_kernels.layers import zo_layers
 from zoact_kernels.losses import evaluate, group_losses
 from zoact_kernels.methods.node import ZOActNode
+from zoact_kernels.perturbation import Perturbation
 from zoact_kernels.study.settings import load
 from zoact_kernels.trainables import Coefficients, Nodes
 from zoact_kernels.trainer import Recipe
@@ -38,17 +40,23 @@ from .run import RESULTS
 from .timing import machine
 
 ROWS = "recipe.jsonl"
+between: Any = importlib.import_module("zoact_kernels.trainables.between")  # its package has a function of that name
+noises = between.noises
 DEFAULT = "default"
 OPTIONS = ("rank", "outputs")  # changes that are the method's own
 
 
 class Variant(NamedTuple):
-    """changes: of the recipe and its options. still: layers that do not move. bases: done to them after `prepare`."""
+    """changes: of the recipe and its options. still: layers that do not move. bases: done to them after `prepare`.
+
+    noise: in place of `noises`.
+    """
 
     told: str
     changes: dict[str, Any]
     still: tuple[str, ...] = ()
     bases: Callable[[ZOActNode], None] = lambda optimizer: None
+    noise: Callable[..., torch.Tensor] = noises
 
 
 @torch.no_grad()
@@ -70,6 +78,13 @@ def random_outputs(optimizer: ZOActNode) -> None:
             t.left.copy_(torch.linalg.qr(torch.randn(t.left.shape, generator=generator)).Q)
 
 
+def orthogonal(p: Perturbation, param_id: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """Noise of a layer's queries, those of a row orthogonal to each other, lengths as drawn."""
+    z = noises(p, param_id, rows, cols)
+    turned = torch.linalg.qr(z.permute(1, 2, 0)).Q.permute(2, 0, 1)  # of the first query its direction, or the opposite
+    return turned * z.norm(dim=2, keepdim=True)
+
+
 VARIANTS = {
     DEFAULT: Variant("as `make demo` has it", {}),
     "no values": Variant("C of the values stays 0", {}, ("v_proj",)),
@@ -87,6 +102,8 @@ VARIANTS = {
     "lr halved": Variant("lr 5e-3", {"lr": 5e-3}),
     "lr doubled": Variant("lr 2e-2", {"lr": 2e-2}),
     "decay doubled": Variant("weight_decay 8", {"weight_decay": 8.0}),
+    "orthogonal": Variant("the noises of a row's two queries orthogonal", {}, noise=orthogonal),
+    "rademacher": Variant("noise of signs", {"noise": "rademacher"}),
     "1 query": Variant("one pair a step", {"queries": 1}),
     "4 queries": Variant("four", {"queries": 4}),
     "batch 64": Variant("64 questions a step", {"batch_size": 64}),
@@ -133,12 +150,14 @@ class Bench:
 
         optimizer._gradients = moving  # type: ignore[method-assign]
         took = []
+        between.noises = variant.noise
         for step in range(recipe.steps):
             batch, misses, begun = batch_at(step), self.tail.cache.misses, time.perf_counter()
             optimizer.step_on([functools.partial(group_losses, model, batch)], batch.leading)
             if self.tail.cache.misses == misses:
                 took.append(time.perf_counter() - begun)
             told(step + 1, recipe.steps)
+        between.noises = noises
         with optimizer.forking():
             chosen, seen = (
                 evaluate(model, part.batches(32)) for part in (self.loaded.validation, self.loaded.held_out)

@@ -30,7 +30,28 @@ def test_a_variant_differs_in_what_it_says(name: str) -> None:
         or bool(apart)
         or bool(variant.still)
         or variant.bases is not room.VARIANTS["default"].bases
+        or variant.noise is not room.noises
     )
+
+
+def test_orthogonal_noise_is_as_long_and_reaches_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = ZOActNode(fresh(), rank=6, outputs=4, queries=2)
+    batch = words(*range(1, 9))
+    optimizer.prepare([batch], functools.partial(group_losses, optimizer.model))
+    node = next(t for t in optimizer.trainables.values() if isinstance(t, Nodes))
+
+    def noise_of_a_step() -> torch.Tensor:
+        optimizer.iteration = 0
+        optimizer.step_on([functools.partial(group_losses, optimizer.model, batch)], batch.leading)
+        return node.noise.clone()
+
+    drawn = noise_of_a_step()
+    monkeypatch.setattr(room.between, "noises", room.orthogonal)
+    turned = noise_of_a_step()
+    assert torch.allclose(turned.norm(dim=2), drawn.norm(dim=2), rtol=1e-5)
+    assert float((turned[0] * turned[1]).sum(-1).abs().max()) < 1e-5 < float((drawn[0] * drawn[1]).sum(-1).abs().min())
+    parallel = (turned[0] * drawn[0]).sum(-1).abs() / drawn[0].square().sum(-1)
+    assert torch.allclose(parallel, torch.ones_like(parallel), rtol=1e-5)
 
 
 def test_bases_are_changed_as_told() -> None:

@@ -83,12 +83,8 @@ def probe_nodes(own: Nodes, layer: ZOLinear, x: Tensor, sigmas: Tensor, bias: Te
     """y_g = x_g (D(W) + U S A^T)^T + bias + (sum_s sigmas[g, s] Z_s) U^T, Z_s [n, Q] a row for each of a group's n."""
     y, h, copies = _given(own, layer, x, bias)
     p, (groups, Q, R) = layer.perturbation, (sigmas.shape[0], *own.value.shape)
-    n = x[..., 0].numel() // groups
-    own.noise = torch.zeros(len(p.seeds), n, Q, device=x.device)
-    one = torch.ones(1, device=x.device)
-    for z, seed in zip(own.noise, p.seeds.split(1), strict=True):
-        torch.ops.zoact.zo_perturb_(z, seed, one, own.param_id, noise=p.noise)
-    h = h.repeat(copies, *(1,) * (h.dim() - 1)).view(groups, n, R)
+    own.noise = noises(p, own.param_id, x[..., 0].numel() // groups, Q)
+    h = h.repeat(copies, *(1,) * (h.dim() - 1)).view(groups, -1, R)
     own.rows = h.mean(dim=0)
     side = (h @ own.value.T + torch.tensordot(sigmas, own.noise, 1)) @ own.left.T
     return _joined(y, side, copies, x)
@@ -114,11 +110,17 @@ def _joined(y: Tensor, side: Tensor, copies: int, x: Tensor) -> Tensor:
 
 def group_cores(value: Tensor, p: Perturbation, sigmas: Tensor, param_id: Tensor) -> Tensor:
     """value + sum_s sigmas[g, s] Z_s of every row group, [G, Q, R]: every Z_s is made once, however many groups."""
-    z = torch.zeros(len(p.seeds), *value.shape, device=value.device)
-    one = torch.ones(1, device=value.device)
+    z = noises(p, param_id, *value.shape)
+    return torch.addmm(value.flatten(), sigmas, z.flatten(1)).view(-1, *value.shape)
+
+
+def noises(p: Perturbation, param_id: Tensor, rows: int, cols: int) -> Tensor:
+    """Z_s [S, rows, cols] of all seeds."""
+    z = torch.zeros(len(p.seeds), rows, cols, device=p.seeds.device)
+    one = torch.ones(1, device=z.device)
     for own, seed in zip(z, p.seeds.split(1), strict=True):
         torch.ops.zoact.zo_perturb_(own, seed, one, param_id, noise=p.noise)
-    return torch.addmm(value.flatten(), sigmas, z.flatten(1)).view(-1, *value.shape)
+    return z
 
 
 def between(model: nn.Module, kind: type[Between] = Between) -> list[Trainable]:

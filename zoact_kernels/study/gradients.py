@@ -84,9 +84,10 @@ def _curvature(table: Table, folder: Path) -> list[str]:
         "### What a step along a random direction can gain",
         "",
         "All trained weights at once, on the loss of 16 examples, along noise as the method makes it: the slope d, the "
-        "curvature h = zᵀHz that it meets, both by two-sided differences of radius 1e-3, and the most that a plain step "
-        "can take off that loss, E[d²] / (2 E[h]), with its standard error. The length of z drops out, and so does the angle "
-        "by itself: a subspace that holds as much of the curvature as of the gradient gains nothing by being small.",
+        "curvature h = zᵀHz that it meets, both by two-sided differences of radius 1e-3, and the most that a plain "
+        "step can take off that loss, E[d²] / (2 E[h]), with its standard error. The length of z drops out, and so "
+        "does the angle by itself: a subspace that holds as much of the curvature as of the gradient gains nothing by "
+        "being small.",
         "",
         f"| contender ({base['draws']} draws) | E[d²] | E[h] | gain a step | of MeZO's |",
         "|---|---|---|---|---|",

@@ -85,7 +85,8 @@ def test_options_from_the_command_line(dense: bool, tmp_path: Path, capsys: pyte
     make_model_dir(tmp_path / "model", layers=2)
     files = {"model": str(tmp_path / "model"), "train": str(write_examples(tmp_path / "train.csv", 64))}
     method = "hi-zfo-dense" if dense else "hi-zfo"
-    given = options(files, tmp_path / "run", method=method, lr=None, steps=20, rank=2, **{"micro-batch": 2})
+    own = {"micro-batch": 2, "rank": None if dense else 2}  # dense weights have no bases
+    given = options(files, tmp_path / "run", method=method, lr=None, steps=20, **own)
     given += [word for value in ("first_order=sumo", "sumo_rank=2", "budget=0.5", "first_lr=0.01")
               for word in ("--option", value)]  # fmt: skip
     assert zoact(*given, *(["--dense"] if dense else [])) == 0

@@ -122,9 +122,7 @@ class Tail:
         self._state: list[tuple[int, int]] = []
         self._checked = False
         self._leaves = [m for m in self.body.modules() if not [*m.children()] and not isinstance(m, ZOLinear)]
-        self._alone = not all(
-            isinstance(m, ZOLinear) for m in inside
-        )  # sequences have, or may have, other bits in company
+        self._alone = not all(isinstance(m, ZOLinear) for m in inside)  # bits in company are, or may be, others
         self._looked_at: set[int] = set()  # lengths of sequences that company is known to leave alone
 
     def forget(self) -> None:

@@ -31,9 +31,9 @@ from zoact_kernels.layers import zo_layers
 from zoact_kernels.losses import evaluate, group_losses
 from zoact_kernels.methods.node import ZOActNode
 from zoact_kernels.perturbation import Perturbation
+from zoact_kernels.recipe import Recipe
 from zoact_kernels.study.settings import load
 from zoact_kernels.trainables import Coefficients, Nodes
-from zoact_kernels.trainer import Recipe
 
 from .report import write_whole
 from .run import RESULTS

@@ -19,8 +19,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = """
     rng layouts fits formats quantize directions reference workspace triton_ops native cpu_ops cuda_ops dispatch
     autograd ops perturbation layers parameters tangent embedding integrations.bitsandbytes swap activations basis
-    estimators optim first_order trainables fork tail state zeroth_order methods losses step_graph memory backend runlog
-    plots trainer replay distributed data demo integrations finetune learning study cli __main__
+    estimators optim first_order trainables fork tail state zeroth_order methods recipe losses step_graph memory
+    backend runlog plots trainer replay distributed data demo integrations finetune learning study cli __main__
 """.split()
 
 # What only its own room may import, and only when asked (law 2.8).

@@ -12,9 +12,9 @@ from tiny_model import LABELS, PROMPT, make_model_dir, write_examples
 
 from zoact_kernels.data import DataError
 from zoact_kernels.finetune import Job, demo_recipe, finetune, grouped_indices, paired
+from zoact_kernels.recipe import Recipe
 from zoact_kernels.replay import replay
 from zoact_kernels.runlog import RunLog
-from zoact_kernels.trainer import Recipe
 
 LENGTHS = np.array([(i * 37) % 41 + 3 for i in range(203)])
 

@@ -22,8 +22,8 @@ from zoact_kernels import finetune, learning, rng
 from zoact_kernels.learning import Course
 from zoact_kernels.losses import Batch, group_losses
 from zoact_kernels.methods.learned import ZOFinetuner
+from zoact_kernels.recipe import Recipe
 from zoact_kernels.trainables import Weight
-from zoact_kernels.trainer import Recipe
 
 RECIPE = Recipe(method="zo-finetuner", batch_size=4)
 COURSE = Course(epochs=2, restart_every=1, batch_size=4, lr=0.05, lr_nets=20.0, reach=1e-4)

@@ -21,10 +21,11 @@ from zoact_kernels import rng
 from zoact_kernels.layers import zo_layers
 from zoact_kernels.losses import group_losses
 from zoact_kernels.methods.node import ZOActNode
+from zoact_kernels.recipe import Recipe
 from zoact_kernels.runlog import RunLog
 from zoact_kernels.swap import unswap
 from zoact_kernels.trainables import Coefficients, Nodes
-from zoact_kernels.trainer import Recipe, base_hash
+from zoact_kernels.trainer import base_hash
 
 NAMES: dict[str, dict[str, str]] = {
     "llama": {},

@@ -12,8 +12,8 @@ from tiny_model import make_model_dir, write_examples
 
 from zoact_kernels import cli, methods
 from zoact_kernels.integrations.transformers import load_model
+from zoact_kernels.recipe import Recipe
 from zoact_kernels.runlog import RunLog
-from zoact_kernels.trainer import Recipe
 
 
 @pytest.fixture(scope="module")

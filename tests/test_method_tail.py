@@ -30,10 +30,11 @@ from zoact_kernels import rng
 from zoact_kernels.layers import zo_layers
 from zoact_kernels.losses import Batch, group_losses
 from zoact_kernels.methods.tail import ZOActTail
+from zoact_kernels.recipe import Recipe
 from zoact_kernels.replay import replay
 from zoact_kernels.runlog import RunLog
 from zoact_kernels.swap import unswap
-from zoact_kernels.trainer import Recipe, base_hash
+from zoact_kernels.trainer import base_hash
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from zoact_kernels import methods, trainer
 from zoact_kernels.methods import StepResult, ZOAct
+from zoact_kernels.recipe import Recipe
 from zoact_kernels.replay import replay, skeleton
 from zoact_kernels.runlog import RunError, RunLog
-from zoact_kernels.trainer import Recipe, Watch
+from zoact_kernels.trainer import Watch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

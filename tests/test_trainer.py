@@ -24,10 +24,11 @@ from zoact_kernels.integrations.transformers import load_model
 from zoact_kernels.layers import zo_layers
 from zoact_kernels.methods import StepResult
 from zoact_kernels.plots import draw_curve
+from zoact_kernels.recipe import Recipe
 from zoact_kernels.replay import replay, skeleton
 from zoact_kernels.runlog import RunError, RunLog, StepRow
 from zoact_kernels.swap import ZOConfig
-from zoact_kernels.trainer import Recipe, Result, Watch, base_hash, coeff_hash, train
+from zoact_kernels.trainer import Result, Watch, base_hash, coeff_hash, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

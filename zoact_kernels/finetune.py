@@ -37,11 +37,12 @@ from .losses import Batch, group_losses
 from .methods import METHODS, arguments
 from .methods.lora import MeZOPrefix
 from .plots import draw_curve
+from .recipe import Recipe
 from .rng import seed_for
 from .runlog import EvalRow, RunLog, update_hash, write_whole, writing
 from .swap import ZOConfig, dense_twin
 from .trainables import prefix_of
-from .trainer import Recipe, Result, Watch, base_hash, train
+from .trainer import Result, Watch, base_hash, train
 from .zeroth_order import ZeroOrder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

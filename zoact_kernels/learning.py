@@ -30,9 +30,9 @@ from .finetune import Job, load
 from .layers import perturbed
 from .losses import Batch, group_losses
 from .methods.learned import ZOFinetuner, read_nets
+from .recipe import Recipe
 from .runlog import write_whole
 from .trainables import Weight
-from .trainer import Recipe
 
 
 @dataclass(frozen=True)

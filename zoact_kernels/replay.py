@@ -11,9 +11,10 @@ from .formats import FORMATS, PackedWeight, expected_shapes
 from .layers import ZOLinear
 from .methods import METHODS
 from .perturbation import Perturbation
+from .recipe import Recipe
 from .runlog import RunError, RunLog
 from .trainables import Prefix
-from .trainer import Recipe, coeff_hash, load_state
+from .trainer import coeff_hash, load_state
 from .zeroth_order import ZeroOrder
 
 

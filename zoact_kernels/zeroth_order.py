@@ -127,7 +127,7 @@ class ZeroOrder:
     one_graph = True  # whether every step does the same on the device, so that a CUDA graph can hold it
     dense = False  # whether it trains the weights themselves
     preparation = ""  # what `prepare` does, to tell those who wait for it
-    recipe: ClassVar[dict[str, Any]] = {}  # what of a `trainer.Recipe` its runs have otherwise than others
+    recipe: ClassVar[dict[str, Any]] = {}  # what of a `recipe.Recipe` its runs have otherwise than others
     known_sides: tuple[str, ...] = estimators.SIDES
 
     def __init__(

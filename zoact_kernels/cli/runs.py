@@ -15,8 +15,8 @@ from rich.table import Table
 
 from .. import memory
 from ..data import parse_label_words
+from ..recipe import Recipe
 from ..runlog import RunError, RunLog
-from ..trainer import Recipe
 from .hardware import arch_here
 from .terminal import Display, about, console, fields_of, ranks_of, set_threads
 

@@ -23,7 +23,7 @@ from .. import rng
 from ..layers import zo_layers
 from ..losses import group_losses
 from ..methods import create
-from ..trainer import Recipe
+from ..recipe import Recipe
 from .plan import contender
 from .settings import give_basis, load
 

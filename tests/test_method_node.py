@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from close import assert_no_worse
-from tails import Batch, fresh, phrases, step, texts, words
+from tails import Batch, L, fresh, phrases, step, texts, words
 from test_method_tail import same
 from test_trainer import Tiny, record
 from torch import Tensor, nn
@@ -31,9 +31,11 @@ NAMES: dict[str, dict[str, str]] = {
     "llama": {},
     "grouped": {},
     "gemma2": {},
-    "gpt2": {"layers": "attn.c_proj,mlp.c_proj", "values": ""},
-    "phi": {"layers": "self_attn.dense,fc2", "values": "v_proj"},
-    "down": {"layers": "down_proj", "values": ""},
+    "gpt2": {},
+    "phi": {},
+    "opt": {},
+    "neox": {},
+    "down": {"layers": "down_proj"},
 }
 BATCHES = {
     "words": words(7, 3, 5, 1, 11, 2, 7, 4),
@@ -109,14 +111,15 @@ def by_hand(
     def hook(name: str, module: nn.Module, args: Any, out: Tensor) -> Tensor:
         s, sign, query = state["s"], state["sign"], state["query"]
         out = out.clone()
+        given, made = args[0].flatten(0, -2), out.flatten(0, -2)  # [T, ...]: OPT's MLP has no batch dimension
         for i, (row, place) in enumerate(zip(rows, places, strict=True)):
             if row == s:
                 count = inputs[name].get(i)
-                seen = args[0][0, place].detach() / (2 * q)
+                seen = given[place].detach() / (2 * q)
                 inputs[name][i] = seen if count is None else count + seen
-                outputs[name][i] = out[0, place]
+                outputs[name][i] = made[place]
                 if sign:
-                    out[0, place] += sign * SIGMA * noise[name][query][i] @ trained[name].left.to(dtype).T
+                    made[place] += sign * SIGMA * noise[name][query][i] @ trained[name].left.to(dtype).T
         return out
 
     handles = [model.get_submodule(name).register_forward_hook(functools.partial(hook, name)) for name in trained]
@@ -347,6 +350,7 @@ def test_values_keep_what_attention_had_when_they_are_evaluated_clean() -> None:
         ({"optimizer": "sumo"}, "optimizer is 'sumo'"),
         ({"layers": " , "}, "layers is ' , '"),
         ({"layers": "out_proj"}, "'out_proj'; the last block has"),
+        ({"layers": "auto,down_proj"}, "'auto'; the last block has"),
         ({"values": "vproj"}, "'vproj'; the last block has"),
         ({"rank": 0}, "rank is 0"),
         ({"outputs": 0}, "outputs is 0"),
@@ -366,9 +370,40 @@ def test_values_that_are_none(values: str) -> None:
 
 def test_values_without_what_takes_them() -> None:
     """Their gradient comes from the noise on the linear that attention's output goes to."""
-    optimizer = ZOActNode(fresh(), layers="down_proj", rank=4, queries=1)
+    optimizer = ZOActNode(fresh(), layers="down_proj", values="v_proj", rank=4, queries=1)
     with pytest.raises(ValueError, match="2 heads of 12.*takes 40 features.*or no values"):
         optimizer.prepare([BATCHES["words"]], functools.partial(group_losses, optimizer.model))
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "values"),
+    (
+        ("llama", "o_proj down_proj", "v_proj"),
+        ("phi", "self_attn.dense fc2", "v_proj"),
+        ("opt", "out_proj fc2", "v_proj"),
+        ("gpt2", "attn.c_proj mlp.c_proj", ""),
+        ("neox", "attention.dense dense_4h_to_h", ""),
+        ("phi3", "o_proj down_proj", ""),
+        ("mixtral", "o_proj", "v_proj"),
+    ),
+)
+def test_names_of_families(kind: str, layers: str, values: str) -> None:
+    """Found without being told, in a model that then takes a step."""
+    optimizer = ZOActNode(fresh(kind), rank=4, outputs=3)
+    assert (optimizer.names, optimizer.values) == (layers.split(), values)
+    optimizer.prepare([BATCHES["words"]], functools.partial(group_losses, optimizer.model))
+    assert not step(optimizer, BATCHES["words"]).skipped
+    trained = {name.rpartition(f".{L - 1}.")[2] for name in optimizer.trainables}
+    assert all(any(name.endswith(one) for name in trained) for one in [*layers.split(), values])
+
+
+def test_a_last_block_of_other_names() -> None:
+    model = fresh()
+    for block in model.model.layers:
+        block.self_attn.o_pro, block.mlp.down = block.self_attn.o_proj, block.mlp.down_proj
+        del block.self_attn.o_proj, block.mlp.down_proj
+    with pytest.raises(ValueError, match="layers is 'auto', which knows o_proj.*linears q_proj, k_proj.*o_pro"):
+        ZOActNode(model)
 
 
 def test_a_refused_name_leaves_the_model_as_it_was() -> None:

@@ -16,6 +16,14 @@ from ..trainables import Coefficients, Nodes, Trainable, between
 from ..zeroth_order import Evaluation
 from .tail import ZOActTail, whitening
 
+AUTO = "auto"
+# What families of models call the linear behind attention, the last one of a block, and the one that makes the values
+ATTENDED = (
+    "o_proj", "out_proj", "attn.c_proj", "self_attn.dense", "attention.dense", "self_attention.dense",
+)  # fmt: skip
+LAST = ("down_proj", "fc2", "fc_out", "mlp.c_proj", "dense_4h_to_h")
+VALUES = ("v_proj",)
+
 
 class ZOActNode(ZOActTail):
     """W_eff = D(W) + U S A^T as in zo-act-tail, S moved by noise on what the layer gives (node, activity perturbation).
@@ -32,9 +40,9 @@ class ZOActNode(ZOActTail):
         dC_k = 1/B sum_b sum_(h of k) (W_eff^T U g_b)_h (m_bh A)      g_b = mean_j d_bj z_bj of that layer,
                                                                       m_bh mixture of head h (see `tail`)
 
-    layers, values: names of linears in the last block, comma-separated; values "" leaves them alone. rank, outputs: R
-    and Q. tail_cache: bytes of rows kept. Raises ValueError for names that the last block does not have, and as
-    zo-act-tail does.
+    layers, values: names of linears in the last block, comma-separated; "auto": of ATTENDED, LAST and VALUES those that
+    it has; values "" leaves them alone. rank, outputs: R and Q. tail_cache: bytes of rows kept. Raises ValueError for
+    names that the last block does not have, and as zo-act-tail does.
     """
 
     name, paper = "zo-act-node", "arXiv 2210.03310"
@@ -52,8 +60,8 @@ class ZOActNode(ZOActTail):
         self,
         model: nn.Module,
         *,
-        layers: str = "o_proj,down_proj",
-        values: str = "v_proj",
+        layers: str = AUTO,
+        values: str = AUTO,
         rank: int = 512,
         outputs: int = 8,
         queries: int = 2,
@@ -79,13 +87,20 @@ class ZOActNode(ZOActTail):
 
     def find(self, model: nn.Module, handle: Perturbation) -> list[Trainable]:
         found = self.last_block(model)
-        for name in (*self.names, *([self.values] if self.values else [])):
-            if not any(_called(full, name) for full in found):
-                known = ", ".join(full.rpartition(".")[2] for full in found)
+        known = ", ".join(full.rpartition(".")[2] for full in found) or "none"
+        if self.names == [AUTO]:
+            self.names = [name for name in ATTENDED + LAST if _among(found, name)]
+            if not self.names:
                 raise ValueError(
-                    f"layers or values has {name!r}; the last block has the swapped linears {known or 'none'}. Name "
-                    "those that attention and the block end with, and the values', or take another method: zo-act"
+                    f"layers is {AUTO!r}, which knows {', '.join(ATTENDED + LAST)}; the last block has the swapped "
+                    f"linears {known}. Name those that attention and the block end with, or take another method: zo-act"
                 )
+        if self.values == AUTO:  # learned by the noise on what attention's output goes to
+            attended = any(name in ATTENDED for name in self.names)
+            self.values = next((name for name in VALUES if attended and _among(found, name)), "")
+        for name in (*self.names, *([self.values] if self.values else [])):
+            if not _among(found, name):
+                raise ValueError(f"layers or values has {name!r}; the last block has the swapped linears {known}")
         self.free(model)
         for full, layer in found.items():
             if any(_called(full, name) for name in self.names):
@@ -172,6 +187,10 @@ class ZOActNode(ZOActTail):
         back = back.view(len(back), parts, -1, values.width)
         rows = (mixed.float() @ basis).view(len(back), parts, -1, basis.shape[1])
         return torch.einsum("npgw,npgr->pwr", back, rows).flatten(0, 1)
+
+
+def _among(found: Iterable[str], name: str) -> bool:
+    return any(_called(full, name) for full in found)
 
 
 def _called(full: str, name: str) -> bool:

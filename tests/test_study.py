@@ -218,7 +218,7 @@ def test_the_grid_grows_while_the_best_is_an_end() -> None:
 
 
 def test_a_set_may_take_the_lr_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = TINY._replace(name="other", contenders=("zo-act",), rates="tiny")
+    other = TINY._replace(name="other", contenders=("zo-act", "mezo"), rates=("tiny",))
     monkeypatch.setattr(plan, "sets", lambda: (TINY, other))
     cost = Run("other", "cost", "zo-act")
     known = sweep_of({1e-4: 3.0, 3.16e-4: 1.0, 1e-3: 2.0, 3.16e-3: None}) | {cost.id: Row(cost, "done", {})}
@@ -226,15 +226,21 @@ def test_a_set_may_take_the_lr_of_another(monkeypatch: pytest.MonkeyPatch) -> No
     assert [(run.stage, run.lr) for run in runs] == [("cost", None)] + [("final", 3.16e-4)] * len(plan.SEEDS)
     undecided = {cost.id: Row(cost, "done", {})}
     assert [run.stage for _, run in plan.due(undecided, [other]) if run.contender == "zo-act"] == ["cost"]
+    assert "mezo" not in TINY.contenders  # whom that set does not have, sweeps here
+    cost = Run("other", "cost", "mezo")
+    runs = [run for _, run in plan.due({cost.id: Row(cost, "done", {})}, [other]) if run.contender == "mezo"]
+    assert [run.stage for run in runs] == ["cost"] + ["sweep"] * len(plan.GRID) and runs[1].set == "other"
 
 
-def test_rates_are_of_a_set_of_the_same_model_and_contenders() -> None:
+def test_rates_are_of_sets_of_the_same_weights_and_forwards() -> None:
     by_name = {given.name: given for given in plan.sets()}
     for given in by_name.values():
-        if given.rates:
-            base = by_name[given.rates]
-            assert (base.model, base.rates, base.sweep) == (given.model, "", given.sweep)
-            assert set(given.contenders) <= set(base.contenders)
+        for base in (by_name[name] for name in given.rates):
+            assert "encoder" not in (base.model, given.model)  # the INT4 model and its dense twin are one in numbers
+            assert (base.task, base.scale, base.sweep) == ("trec", given.scale, given.sweep)
+        for name in given.contenders:
+            own = plan.sweeping(given, name)
+            assert plan.sweeping(own, name) == own  # or nobody would ever sweep
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if "targets" in arguments(n)])

@@ -82,7 +82,7 @@ def contender(name: str) -> Contender:
 class Set(NamedTuple):
     """sweep, final: forwards of a run. scale: see above. rank: sets of a lower one come first.
 
-    rates: the set whose sweeps choose the lr here too, for all contenders alike; "": its own.
+    rates: sets whose sweeps choose the lr here too, of each contender the first that has it; none: its own.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Set(NamedTuple):
     final: int
     scale: float
     rank: int
-    rates: str = ""
+    rates: tuple[str, ...] = ()
 
 
 CORE = ("zo-act", "mezo", "lozo", "subzero")
@@ -112,12 +112,12 @@ def sets() -> tuple[Set, ...]:
     return (
         Set("encoder-trec", "encoder", "trec", everything(), 2400, 6400, 100.0, 1),
         Set("dense-trec", "dense", "trec", _DENSE, 1600, 3200, 10.0, 3),
-        Set("dense-sms", "dense", "sms", _DENSE, 1600, 1600, 10.0, 4, "dense-trec"),
-        Set("dense-reviews", "dense", "reviews", _DENSE, 1600, 1600, 10.0, 4, "dense-trec"),
+        Set("dense-sms", "dense", "sms", _DENSE, 1600, 1600, 10.0, 4, ("dense-trec",)),
+        Set("dense-reviews", "dense", "reviews", _DENSE, 1600, 1600, 10.0, 4, ("dense-trec",)),
         Set("encoder-ablation", "encoder", "trec", tuple(VARIANTS), 2400, 6400, 100.0, 5),
-        Set("int4-trec", "int4", "trec", _LOW_BIT, 1600, 3200, 10.0, 6),
-        Set("int4-sms", "int4", "sms", _LOW_BIT, 1600, 1600, 10.0, 7, "int4-trec"),
-        Set("int4-reviews", "int4", "reviews", _LOW_BIT, 1600, 1600, 10.0, 7, "int4-trec"),
+        Set("int4-trec", "int4", "trec", _LOW_BIT, 1600, 3200, 10.0, 6, ("dense-trec",)),
+        Set("int4-sms", "int4", "sms", _LOW_BIT, 1600, 1600, 10.0, 7, ("dense-trec", "int4-trec")),
+        Set("int4-reviews", "int4", "reviews", _LOW_BIT, 1600, 1600, 10.0, 7, ("dense-trec", "int4-trec")),
     )
 
 
@@ -180,11 +180,17 @@ def _of_contender(given: Set, name: str, rows: Mapping[str, Row]) -> Iterable[Ru
     yield cost
     if cost.id not in rows or rows[cost.id].state != "done":
         return
-    if not given.rates:
+    if sweeping(given, name) == given:
         yield from grid(given, who, rows)
     best, _ = chosen(given, who, rows)
     if best is not None:
         yield from (Run(given.name, "final", name, best, seed, given.final) for seed in SEEDS)
+
+
+def sweeping(given: Set, name: str) -> Set:
+    """The set whose sweeps choose a contender's lr for `given`."""
+    by_name = {other.name: other for other in sets()}
+    return next((by_name[other] for other in given.rates if name in by_name[other].contenders), given)
 
 
 def grid(given: Set, who: Contender, rows: Mapping[str, Row]) -> list[Run]:
@@ -205,8 +211,7 @@ def grid(given: Set, who: Contender, rows: Mapping[str, Row]) -> list[Run]:
 def chosen(given: Set, who: Contender, rows: Mapping[str, Row]) -> tuple[float | None, bool]:
     """(lr of the least loss once all of the sweep is known, whether it is an end of the grid). None: not known yet, or
     no run of the sweep ended with a finite loss."""
-    given = next((other for other in sets() if other.name == given.rates), given)
-    runs = grid(given, who, rows)
+    runs = grid(sweeping(given, who.name), who, rows)
     losses = _losses(runs, rows)
     if losses is None or not math.isfinite(min(losses)):
         return None, False

@@ -30,7 +30,7 @@ Made by `zoact study report` from `runs.jsonl` and `measures.jsonl`; `zoact stud
 * **Splits.** The lr is chosen by the loss on {curve} validation examples after a shorter run of its own seed: {grid}
   rates half a decade apart around the published one (where it multiplies a gradient around ten times that, on the
   encoder a hundred), and up to {more} more while the best is an end; the same rule for all. What was chosen on
-  questions is kept for messages and reviews, for all alike. Only final runs see the
+  questions is kept for messages and reviews, and from the dense twin for the INT4 model. Only final runs see the
   held-out examples, all of them at the end, {curve} along the curves. A new head is drawn by the seed, for all alike.
 * **Intervals** are 95 % and hold for other seeds and other examples at once: the variance of the mean is that between
   the means of {seeds} seeds plus that between examples, Student's t with the degrees of freedom of Welch and

@@ -12,18 +12,19 @@ from typing import Any
 import pytest
 import torch
 from close import assert_no_worse
-from tails import Batch, L, fresh, phrases, step, texts, words
-from test_method_tail import same
+from tails import Batch, L, fresh, phrases, plain, step, texts, words
+from test_method_tail import calibration, same
 from test_trainer import Tiny, record
 from torch import Tensor, nn
 
 from zoact_kernels import rng
 from zoact_kernels.layers import zo_layers
 from zoact_kernels.losses import group_losses
-from zoact_kernels.methods.node import ZOActNode
+from zoact_kernels.methods.node import MIXED, ZOActNode
+from zoact_kernels.methods.tail import ZOActTail
 from zoact_kernels.recipe import Recipe
 from zoact_kernels.runlog import RunLog
-from zoact_kernels.swap import unswap
+from zoact_kernels.swap import ZOConfig, swap, unswap
 from zoact_kernels.trainables import Coefficients, Nodes
 from zoact_kernels.trainer import base_hash
 
@@ -259,10 +260,44 @@ def test_prepare_gives_bases() -> None:
             group_losses(model, given)
         mixtures.append(optimizer.fork.mixed.flatten(0, 1).double())  # type: ignore[union-attr]
     rows = torch.cat(mixtures) @ t.layer.basis.double()  # type: ignore[union-attr]
-    gram = rows.T @ rows / len(rows)
-    assert float((gram - torch.eye(4)).abs().max()) < 0.05
+    attended = calibration(model, model.model.layers[-1].self_attn.o_proj, many)
+    share = attended.square().mean() / MIXED**2  # of what attention gives, in place of 1
+    assert float((rows.T @ rows / len(rows) / share - torch.eye(4)).abs().max()) < 0.05
     before = values(optimizer)
     assert not step(optimizer, many[0]).skipped and not same(values(optimizer), before)
+
+
+@torch.no_grad()
+def louder(model: Any) -> Any:
+    """The same function of tokens, but for rounding: hidden states times 64, values times 4, head's inputs by 16."""
+    model = copy.deepcopy(model)
+    model.get_input_embeddings().weight *= 64
+    for block in model.model.layers:
+        block.self_attn.v_proj.weight *= 4
+        block.self_attn.o_proj.weight *= 64 / 4
+        block.mlp.down_proj.weight *= 64
+    model.model.norm.weight /= 16
+    model.lm_head.weight *= 16
+    return model
+
+
+@pytest.mark.parametrize("kind", (ZOActNode, ZOActTail))
+def test_radius_and_rates_mean_the_same_in_a_louder_model(kind: Any) -> None:
+    model = plain("llama")
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 0.0
+    many = [words(*range(1, 25), seed=seed) for seed in (1, 2, 3)]
+    learned = []
+    for one in (model, louder(model)):
+        swap(one, ZOConfig(format="dense", rank=0))
+        optimizer = kind(one, rank=5, outputs=3, queries=2, lr=0.3, sigma=0.1, floor_every=0)
+        optimizer.prepare(iter(many), functools.partial(group_losses, one))
+        losses = torch.stack([step(optimizer, given).losses for given in many])
+        learned.append((losses, *values(optimizer).values()))
+    assert all(bool(value.any()) for value in learned[0][1:])
+    for quiet, loud in zip(*learned, strict=True):
+        torch.testing.assert_close(loud, quiet, rtol=1e-3, atol=1e-3 * float(quiet.abs().max()))
 
 
 @pytest.mark.parametrize("stop", (1, 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import random
@@ -29,7 +30,7 @@ from torch import Tensor
 from zoact_kernels import rng
 from zoact_kernels.layers import zo_layers
 from zoact_kernels.losses import Batch, group_losses
-from zoact_kernels.methods.tail import ZOActTail
+from zoact_kernels.methods.tail import FELT, ZOActTail
 from zoact_kernels.recipe import Recipe
 from zoact_kernels.replay import replay
 from zoact_kernels.runlog import RunLog
@@ -280,13 +281,23 @@ def test_prepare(kind: str, batches: list[Batch]) -> None:
     a = t.layer.basis.double()
     gram = a.T @ rows.T @ rows @ a / len(rows)
     whitened(gram, rows, 5)
-    u, wanted = t.left.double(), head_rows(model, batches)
+    wanted = head_rows(model, batches)
     rank = min(4, int(torch.linalg.matrix_rank(wanted)))
-    assert not u[:, rank:].any()  # fewer directions than outputs: nothing, not noise
-    unit = torch.eye(rank, dtype=torch.float64)
-    assert_no_worse((u[:, :rank].T @ u[:, :rank]).float(), unit.float(), unit, "U^T U")
-    top = torch.linalg.svd(wanted, full_matrices=False).Vh[:rank]
-    caught = (top @ u).square().sum(1)  # of each top direction, by the span of U
+    assert not t.left[:, rank:].any()  # fewer directions than outputs: nothing, not noise
+    body = model.base_model
+    norm = next(m for name, m in body.named_modules() if name in ("norm", "ln_f", "final_layernorm"))
+    told_apart(t.left[:, :rank].double(), wanted, calibration(model, norm, batches), norm)
+
+
+def told_apart(u: Tensor, wanted: Tensor, before: Tensor, norm: Any) -> None:
+    """U spans the top directions of `wanted`, and a step of 1 along it moves logits by FELT: through a norm that makes
+    of rows `before` [n, H] what reaches the head."""
+    energy = copy.deepcopy(norm).requires_grad_(False).double()(before).square().mean() / before.square().mean()
+    _, size, top = torch.linalg.svd(wanted, full_matrices=False)
+    length = FELT / (size[: u.shape[1]].square().mean() / len(wanted) * energy).sqrt()
+    unit = torch.eye(u.shape[1], dtype=torch.float64)
+    assert float((u.T @ u / length**2 - unit).abs().max()) < 1e-5
+    caught = (top[: u.shape[1]] @ u / length).square().sum(1)  # of each top direction, by the span of U
     assert float((1 - caught).abs().max()) < 1e-5
 
 
@@ -309,11 +320,7 @@ def test_prepare_of_more_linears() -> None:
         rows, a = calibration(model, t.layer, MANY), t.layer.basis.double()
         whitened(a.T @ rows.T @ rows @ a / len(rows), rows, 5)
         through = wanted if "down" in name else wanted @ down  # what of its output the losses can tell apart
-        top = torch.linalg.svd(through, full_matrices=False).Vh[:2]
-        u = t.left.double()
-        unit = torch.eye(2, dtype=torch.float64)
-        assert_no_worse((u.T @ u).float(), unit.float(), unit, "U^T U")
-        assert float((1 - (top @ u).square().sum(1)).abs().max()) < 1e-5
+        told_apart(t.left.double(), through, calibration(model, model.model.norm, MANY), model.model.norm)
     hold(method(model, layers=3), BATCHES["words"])
 
 

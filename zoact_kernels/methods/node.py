@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import first_order
+from ..layers import ZOLinear
 from ..perturbation import Perturbation
 from ..tail import Tail, Values
 from ..trainables import Coefficients, Nodes, Trainable, between
@@ -23,6 +24,7 @@ ATTENDED = (
 )  # fmt: skip
 LAST = ("down_proj", "fc2", "fc_out", "mlp.c_proj", "dense_4h_to_h")
 VALUES = ("v_proj",)
+MIXED = 0.633  # rms of what attention gives in SmolLM2-135M on question types, as FELT: C then moves it by equal shares
 
 
 class ZOActNode(ZOActTail):
@@ -141,7 +143,9 @@ class ZOActNode(ZOActTail):
         for t in self.trainables.values():
             if isinstance(t, Coefficients):
                 assert t.layer.basis is not None
-                t.layer.basis.copy_(whitening(self._mixed / self._mixed_count, t.layer.rank))
+                assert isinstance(self.fork.first, ZOLinear)
+                share = self.inputs[self.fork.first] / MIXED
+                t.layer.basis.copy_(whitening(self._mixed / self._mixed_count, t.layer.rank) * share)
 
     def seen(self) -> None:
         if self.fork.mixed is not None:

@@ -33,10 +33,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fork import moves
-from .tail import Labels, few_words, opened
+from .fork import moves, running
+from .tail import Labels, opened
 
 Kind = Literal["classification", "completion", "sequence-classification"]
 
@@ -271,7 +272,7 @@ def _label_values(model: nn.Module, batch: Batch, groups: int, chunk_bytes: int)
         # Behind a tail all logits of a row would be most of its cost
         rows, bias = tail.head_rows(head, words[0], owner.config.get_text_config().hidden_size, owner.dtype)
         few = replace(batch, targets=torch.arange(len(rows), device=words.device).expand_as(batch.targets))
-        with few_words(head, rows, bias):
+        with running(head, lambda forward, x: F.linear(x.float(), rows, bias)):  # logits of those words alone
             return _rows_through_head(model, owner, head, few, groups, chunk_bytes // len(rows))
 
 

@@ -110,6 +110,7 @@ class Tail:
         self.sequences = 0
         self.left: Tensor | None = None  # [n, 1, H] of the rows of the last forward, what the last block gives
         self.states: Tensor | None = None  # and what the body makes of that
+        self.work = 0.0  # of all forwards so far, in sequences through one block; a row is its share of the tokens
         self.cache = Cache(cache_bytes)
         self.handle = perturbation_of(model)
         self._kept: dict[str, int] = {}  # the parts of a kept row and their widths
@@ -126,6 +127,11 @@ class Tail:
         self._leaves = [m for m in self.body.modules() if not [*m.children()] and not isinstance(m, ZOLinear)]
         self._alone = not all(isinstance(m, ZOLinear) for m in inside)  # bits in company are, or may be, others
         self._looked_at: set[int] = set()  # lengths of sequences that company is known to leave alone
+
+    @property
+    def busy(self) -> bool:
+        """Whether a forward is under way, so that what runs of the model is counted in `work`."""
+        return self._call is not None
 
     def forget(self) -> None:
         """Drop what is kept; for a model that has changed in a way that its tensors do not show."""
@@ -242,6 +248,7 @@ class Tail:
                 parts[BASE] = base_product(self.first, parts[INPUT], self.first.bias)
         self._call = _Call(given=parts, copies=copies)
         tokens = ids[:1, :1].expand(copies * len(kept), 1)
+        self.work += len(tokens) / ids.shape[1]
         leading, self.handle.leading = self.handle.leading, (len(tokens),)  # label rows, not sequences
         try:
             output = forward(input_ids=tokens, attention_mask=torch.ones_like(tokens), **_without_cache(self.body))
@@ -309,6 +316,7 @@ class Tail:
     def _record(self, forward: Callable[..., Any], ids: Tensor, positions: Tensor) -> dict[str, Tensor]:
         """Rows [b, width] at a position [b] of each sequence of ids [b, t]: HIDDEN, kept linears, INPUT, BASE."""
         call = self._call = _Call(positions=positions)
+        self.work += len(ids) * len(self.blocks)
         active, self.handle.active = self.handle.active, False
         try:
             forward(input_ids=ids, attention_mask=torch.ones_like(ids), **_without_cache(self.body))
@@ -359,6 +367,7 @@ class Tail:
         for columns in call.values.split(width, dim=-1):
             wide = F.pad(columns, (0, width - columns.shape[-1]))
             call.columns, call.reached = wide.repeat(1, 1, layer.out_features // width), False
+            self.work += len(attended)
             with contextlib.suppress(Stop):
                 block()
             parts.append(call.kept[INPUT].unflatten(1, (heads, width))[..., : columns.shape[-1]])
@@ -489,8 +498,3 @@ def _one_by_one(b: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) 
 
 def _without_cache(body: Any) -> dict[str, Any]:
     return {"use_cache": False} if getattr(getattr(body, "config", None), "use_cache", None) is not None else {}
-
-
-def few_words(head: nn.Module, rows: Tensor, bias: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Inside the block a head gives the logits of those words alone whose rows [C, H] and biases [C] these are."""
-    return running(head, lambda forward, x: F.linear(x.float(), rows, bias))

@@ -41,6 +41,12 @@ class Contender:
     lr: float = 0.0  # centre of the grid; 0: the method's default, scaled
 
     @property
+    def known_steps(self) -> int:
+        """Steps whose examples a run has computed before its first one."""
+        own = not self.first_order and METHODS[self.method].basis == "answers"
+        return int(self.recipe["basis_batches"]) if own else 0
+
+    @property
     def dense_only(self) -> bool:
         return not self.first_order and METHODS[self.method].dense
 
@@ -53,6 +59,7 @@ class Contender:
 
 ADAM_ON_C = Contender("adam on C", "adam-on-c", first_order=True, lr=3e-3)
 LORA = Contender("lora by adam", "lora", first_order=True, lr=1e-3)
+NODE = Contender("zo-act-node", "zo-act-node", recipe={"basis_batches": 64})  # of 16: 1 024 rows for 512 directions
 BEFORE = "untrained"  # no contender: what all start from
 VARIANTS = {
     c.name: c
@@ -71,7 +78,7 @@ VARIANTS = {
 
 def contender(name: str) -> Contender:
     """Raises ValueError for a name that is none of the methods, first-order bounds and variants."""
-    named = {ADAM_ON_C.name: ADAM_ON_C, LORA.name: LORA, **VARIANTS}
+    named = {who.name: who for who in (ADAM_ON_C, LORA, NODE)} | VARIANTS
     if name in named:
         return named[name]
     if name not in METHODS:
@@ -97,8 +104,8 @@ class Set(NamedTuple):
 
 
 CORE = ("zo-act", "mezo", "lozo", "subzero")
-_LOW_BIT = ("zo-act", "lozo", "subzero", "qzo", ADAM_ON_C.name)
-_DENSE = (*CORE, "zo-act sgd", "zo-act sgd r16", LORA.name)
+_LOW_BIT = ("zo-act", "lozo", "subzero", "qzo", NODE.name, ADAM_ON_C.name)
+_DENSE = (*CORE, NODE.name, "zo-act sgd", "zo-act sgd r16", LORA.name)
 
 
 def everything() -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from ..memory import human
 from ..plots import Line, draw_panels
 from ..runlog import write_whole
 from . import claims, gradients
-from .plan import ADAM_ON_C, BEFORE, EXTENSIONS, GRID, LORA, SEEDS, Row, Run, Set, chosen, contender, due, sets
+from .plan import ADAM_ON_C, BEFORE, EXTENSIONS, GRID, LORA, NODE, SEEDS, Row, Run, Set, chosen, contender, due, sets
 from .rows import read
 from .settings import CURVE
 from .statistics import Interval, interval, seed_interval
@@ -26,7 +27,8 @@ Made by `zoact study report` from `runs.jsonl` and `measures.jsonl`; `zoact stud
 
 * **A forward** is one sequence through all blocks of the model, counted block by block as the run makes them: 16
   examples, two-sided, one query are 32 a step. A backward counts as two, a tangent as one more, a sequence that enters
-  halfway as a half. Computing a basis counts, evaluations do not.
+  halfway as a half; a label row behind the last attention as the share of one block that it is of its sequence's
+  tokens. Computing a basis counts, evaluations do not.
 * **Splits.** The lr is chosen by the loss on {curve} validation examples after a shorter run of its own seed: {grid}
   rates half a decade apart around the published one (where it multiplies a gradient around ten times that, on the
   encoder a hundred), and up to {more} more while the best is an end; the same rule for all. What was chosen on
@@ -176,11 +178,10 @@ def _at(curve: np.ndarray, step: float) -> float:
 
 
 def _verdicts(by_name: Mapping[str, Final]) -> list[str]:
-    """Whether ZO-Act beats the three that it is measured against, by intervals that do not meet."""
-    ours = by_name.get("zo-act")
+    """Whether ZO-Act beats the three that it is measured against, by intervals that do not meet; and our own of it."""
     lines = []
-    for other in ("mezo", "lozo", "subzero"):
-        theirs = by_name.get(other)
+    for who, other in itertools.product(("zo-act", NODE.name), ("mezo", "lozo", "subzero")):
+        ours, theirs = by_name.get(who), by_name.get(other)
         if ours is None or theirs is None or ours.accuracy is None or theirs.accuracy is None:
             continue
         a, b, paired = ours.accuracy, theirs.accuracy, difference(ours, theirs)
@@ -196,7 +197,7 @@ def _verdicts(by_name: Mapping[str, Final]) -> list[str]:
         apart = seed_interval(np.array(ours.losses[:seeds]) - np.array(theirs.losses[:seeds]))
         loss = f"{apart.mean:+.3f}" + ("" if math.isnan(apart.half) else f" ± {apart.half:.3f}")
         lines.append(
-            f"* zo-act beats {other}: {said} ({_percent(a)} against {_percent(b)}, paired {_percent(paired, True)}; "
+            f"* {who} beats {other}: {said} ({_percent(a)} against {_percent(b)}, paired {_percent(paired, True)}; "
             f"held-out loss, over seeds alone, {loss})."
         )
     return lines

@@ -49,17 +49,19 @@ class Stopped(Exception):
 class Measured(Watch):
     """Counts forwards where they belong, and ends the run when the time is up."""
 
-    def __init__(self, meter: Meter, deadline: float) -> None:
-        self.meter, self.deadline = meter, deadline
+    def __init__(self, meter: Meter, deadline: float, known: int = 0) -> None:
+        self.meter, self.deadline, self.known = meter, deadline, known
         self.setup, self.steps, self.reported = 0.0, 0, 0.0
-        self.before_evaluation = 0.0
 
     def started(self, done: int, steps: int, device: str) -> None:
         self.setup = self.reported = self.meter.forwards
 
     def stepped(self, row: StepRow, result: StepResult) -> None:
-        self.steps += 1
         self.reported = self.meter.forwards
+        if row.step < self.known:
+            self.setup = self.reported
+        else:
+            self.steps += 1
         if time.monotonic() > self.deadline:
             signal.raise_signal(signal.SIGTERM)  # train ends after the step at hand, its state saved
 
@@ -115,7 +117,7 @@ def perform(claim: Claim, given: Set | None, rows: dict[str, Row], deadline: flo
     if run.stage == "cost":
         return cost(given, who, claim.directory, deadline)
     costs = rows[Run(given.name, "cost", who.name).id].result
-    steps = max(1, int((run.forwards - costs["setup_forwards"]) / costs["forwards_per_step"]))
+    steps = max(1, who.known_steps + int((run.forwards - costs["setup_forwards"]) / costs["forwards_per_step"]))
     every = max(1, round(steps / POINTS)) if run.stage == "final" else 0
     assert run.lr is not None
     recipe = recipe_of(who, lr=run.lr, steps=steps, seed=run.seed, model=given.model, eval_every=every)
@@ -135,7 +137,7 @@ def _train(
 ) -> tuple[Any, dict[str, Any]]:
     begun = RunLog.exists(directory)
     meter = Meter(setting.model)
-    watch = Measured(meter, deadline)
+    watch = Measured(meter, deadline, who.known_steps)
     prepare(setting, who, recipe, begun)
     indices = spread(shown)
     result = train(
@@ -149,7 +151,7 @@ def _train(
         taken, evals = list(log.steps()), log.evals("eval")
     seconds = np.concatenate([[0.0], np.cumsum([row.seconds for row in taken])])
     # A run that was taken up again counts those of its last part; its setup was before.
-    forwards = [watch.setup + watch.per_step * step for step in range(len(taken) + 1)]
+    forwards = [watch.setup + watch.per_step * max(0, step - watch.known) for step in range(len(taken) + 1)]
     curve = [_point(row.step, forwards[row.step], seconds[row.step], row.loss, row.accuracy) for row in evals]
     told = {
         "curve": curve,
@@ -191,13 +193,14 @@ def _train_first_order(
 def cost(given: Set, who: Contender, directory: Path, deadline: float) -> dict[str, Any]:
     """Forwards of a step as counted, and its time and peak beside the plain forward of as many rows, interleaved."""
     shutil.rmtree(directory / "log", ignore_errors=True)
-    recipe = recipe_of(who, lr=who.centre(given.scale), steps=COST_STEPS, seed=0, model=given.model)
+    steps = who.known_steps + COST_STEPS
+    recipe = recipe_of(who, lr=who.centre(given.scale), steps=steps, seed=0, model=given.model)
     setting = load(given.model, given.task)
     batch = setting.training.batch_at(recipe, 0)
     if who.first_order:
         return _cost_of_first_order(setting, who, recipe, batch)
     meter = Meter(setting.model)
-    watch = Measured(meter, deadline)
+    watch = Measured(meter, deadline, who.known_steps)
     prepare(setting, who, recipe, False)
     result = train(
         setting.model, recipe, directory / "log", batch_at=lambda step: setting.training.batch_at(recipe, step),

@@ -24,6 +24,7 @@ from ..methods import METHODS, arguments
 
 GRID = (10**-1.0, 10**-0.5, 1.0, 10**0.5)
 EXTENSIONS = 4
+BASIS_BATCHES = 2  # unless a contender's recipe says otherwise
 SWEEP_SEED = 100
 SEEDS = (0, 1, 2)
 STAGES = ("cost", "sweep", "final", "measure")
@@ -44,7 +45,7 @@ class Contender:
     def known_steps(self) -> int:
         """Steps whose examples a run has computed before its first one."""
         own = not self.first_order and METHODS[self.method].basis == "answers"
-        return int(self.recipe["basis_batches"]) if own else 0
+        return int(self.recipe.get("basis_batches", BASIS_BATCHES)) if own else 0
 
     @property
     def dense_only(self) -> bool:

@@ -31,7 +31,7 @@ from ..runlog import EvalRow, RunLog, StepRow
 from ..trainer import Watch, train
 from . import first_order, measures
 from .meter import Meter
-from .plan import BEFORE, Contender, Row, Run, Set, contender, due, sets
+from .plan import BASIS_BATCHES, BEFORE, Contender, Row, Run, Set, contender, due, sets
 from .queue import Claim, Queue
 from .settings import TARGETS, Setting, give_basis, load, spread
 
@@ -39,7 +39,6 @@ BATCH = 16
 EVAL_BATCH = 32
 POINTS = 4  # evaluations along a final run, besides the one before
 COST_STEPS, COST_REPEATS = 10, 5
-BASIS_BATCHES = 2
 
 
 class Stopped(Exception):
@@ -77,7 +76,8 @@ class Measured(Watch):
 
 
 def recipe_of(who: Contender, *, lr: float, steps: int, seed: int, model: str = "", eval_every: int = 0) -> Recipe:
-    """The recipe of a contender on a model: its method's defaults, constant lr, BATCH examples of any length."""
+    """The recipe of a contender on a model: its method's defaults, BATCH examples of any length; lr constant but for
+    methods with a schedule of their own."""
     dense = not who.first_order and METHODS[who.method].dense and METHODS[who.method].replayable
     given: dict[str, Any] = {"basis_batches": BASIS_BATCHES, **who.recipe, "lr": lr}
     if model in TARGETS and not who.first_order and "targets" in arguments(who.method):

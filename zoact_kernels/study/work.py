@@ -14,6 +14,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,10 @@ def cost(given: Set, who: Contender, directory: Path, deadline: float) -> dict[s
     optimizer = result.optimizer
     own = sum(w.numel() * w.element_size() for t in optimizer.trainables.values() for w in t.written())
     costs = compare_costs(optimizer, batch, repeats=COST_REPEATS)
+    if who.known_steps:  # to do a step again, on what is kept by now, would be no step
+        with RunLog.open(directory / "log") as log:
+            fresh = [row.seconds for row in log.steps()][who.known_steps :]
+        costs = replace(costs, step_seconds=statistics.median(fresh), step_bytes=result.peak_bytes)
     return _costs(
         watch.setup, watch.per_step, costs.step_seconds, costs.forward_seconds, optimizer.groups * BATCH,
         None if costs.step_bytes is None else max(0, costs.step_bytes - own),

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_study import patched
+from test_study import TINY, patched
 
 from zoact_kernels.layers import zo_layers
 from zoact_kernels.losses import group_losses
 from zoact_kernels.methods import create
+from zoact_kernels.runlog import RunLog
 from zoact_kernels.study import curvature, measures, meter, plan, settings, work
 from zoact_kernels.study.statistics import expected_cosine
 
@@ -88,6 +90,16 @@ def test_steps_on_known_examples_are_no_measure_of_a_step() -> None:
     assert (watch.setup, watch.per_step) == (8.0, 10.0)
     assert plan.NODE.known_steps == 64 and plan.contender("zo-act").known_steps == 0
     assert plan.contender(plan.NODE.name) is plan.NODE
+
+
+def test_a_step_that_finds_all_rows_kept_is_no_cost(tiny: None, tmp_path: Path) -> None:
+    who = replace(plan.NODE, recipe={"basis_batches": 1})
+    found = work.cost(TINY, who, tmp_path, math.inf)
+    with RunLog.open(tmp_path / "log") as log:
+        took = [row.seconds for row in log.steps()]
+    assert len(took) == who.known_steps + work.COST_STEPS == 11
+    assert found["step_seconds"] == pytest.approx(float(np.median(took[1:])), rel=1e-5)
+    assert found["trained"] > 0 and found["setup_forwards"] > 16  # the basis' examples, and their values' block again
 
 
 def test_cosines_are_as_theory_has_them() -> None:

@@ -153,6 +153,32 @@ def test_the_queue_hands_out_in_order_and_keeps_what_it_is_told(tmp_path: Path) 
         again.close()
 
 
+def test_rows_of_another_machine_outlive_an_older_queue(tmp_path: Path) -> None:
+    """A queue that waits for a run, or failed at it, neither drops the row that another finished nor does it again."""
+    (_, b), (_, a), (_, sweep) = RUNS
+    theirs = {run.id: Row(run, "done", {"x": 2}) for run in (a, b)} | {sweep.id: Row(sweep, "failed", {}, "theirs")}
+    rows.write(tmp_path, theirs)
+    with Queue(tmp_path / "queue") as queue:
+        queue.add(RUNS)
+        rows.write(tmp_path, queue.rows())
+        assert {row.run.id: row for row in rows.read(tmp_path)} == theirs
+        claim = queue.claim()
+        assert claim is not None and claim.run == a
+        queue.fail(claim, "ours")
+        claim.close()
+        queue.adopt(rows.read(tmp_path))
+        known = queue.rows()
+        assert (known[a.id], known[b.id]) == (theirs[a.id], theirs[b.id])
+        assert known[sweep.id].state == "waiting"  # what failed elsewhere may be tried here
+        claim = queue.claim()
+        assert claim is not None and claim.run == sweep
+        queue.finish(claim, {"x": 3})
+        claim.close()
+        queue.adopt(rows.read(tmp_path))
+        rows.write(tmp_path, queue.rows())
+    assert {row.run.id: row.result for row in rows.read(tmp_path)}[sweep.id] == {"x": 3}
+
+
 def test_two_workers_never_get_the_same_run(tmp_path: Path) -> None:
     with Queue(tmp_path) as one, Queue(tmp_path) as other:
         one.add(RUNS)
@@ -183,8 +209,6 @@ def test_plan_is_idempotent_and_grows_with_what_is_known(tiny: Path, tmp_path: P
         assert queue.add(plan.due(queue.rows())) == len(TINY.contenders) + 1
         assert queue.add(plan.due(queue.rows())) == 0
         cost = Run("tiny", "cost", "zo-act")
-        queue.adopt([Row(Run("tiny", "final", "untrained"), "done", {})])  # is there already, waiting
-        assert queue.rows()["tiny/final/untrained/s0/0"].state == "waiting"
         known = {cost.id: Row(cost, "done", {})}
         sweep = [run for _, run in plan.due(known) if run.stage == "sweep"]
         assert [run.lr for run in sweep] == [3.16e-4, 1e-3]

@@ -83,10 +83,12 @@ class Queue:
         return int(after - before)
 
     def adopt(self, rows: Iterable[Row]) -> None:
-        """Take over rows that another machine finished; what is known here stays."""
+        """Take over rows that another machine finished; what is known here stays, but for what was never done here."""
         with self._transaction():
             self._database.executemany(
-                "INSERT OR IGNORE INTO runs (id, spec, priority, state, reason, result) VALUES (?, ?, 0, ?, ?, ?)",
+                "INSERT INTO runs (id, spec, priority, state, reason, result) VALUES (?, ?, 0, ?, ?, ?) "
+                "ON CONFLICT (id) DO UPDATE SET state = 'done', reason = '', result = excluded.result "
+                "WHERE runs.state IN ('waiting', 'failed') AND excluded.state = 'done'",
                 [(row.run.id, row.run.to_json(), row.state, row.reason, json.dumps(row.result)) for row in rows],
             )
 

@@ -30,8 +30,8 @@ def read(folder: Path) -> list[Row]:
 
 
 def write(folder: Path, known: Mapping[str, Row]) -> None:
-    """Bring the files up to date: rows that a queue knows are as it says, others stay."""
-    kept = {row.run.id: row for row in read(folder) if row.run.id not in known}
+    """Bring the files up to date: rows whose runs ended in a queue are as it says, all others stay."""
+    kept = {row.run.id: row for row in read(folder)}
     kept |= {key: row for key, row in known.items() if row.state in ("done", "failed")}
     folder.mkdir(parents=True, exist_ok=True)
     for name, measured in zip(FILES, (False, True), strict=True):

@@ -295,9 +295,10 @@ def told_apart(u: Tensor, wanted: Tensor, before: Tensor, norm: Any) -> None:
     energy = copy.deepcopy(norm).requires_grad_(False).double()(before).square().mean() / before.square().mean()
     _, size, top = torch.linalg.svd(wanted, full_matrices=False)
     length = FELT / (size[: u.shape[1]].square().mean() / len(wanted) * energy).sqrt()
-    unit = torch.eye(u.shape[1], dtype=torch.float64)
-    assert float((u.T @ u / length**2 - unit).abs().max()) < 1e-5
-    caught = (top[: u.shape[1]] @ u / length).square().sum(1)  # of each top direction, by the span of U
+    unit, own = torch.eye(u.shape[1], dtype=torch.float64), u.norm() / u.shape[1] ** 0.5
+    assert_no_worse((u.T @ u / own**2).float(), unit.float(), unit, "U^T U")
+    assert float(own / length - 1) == pytest.approx(0, abs=1e-5)
+    caught = (top[: u.shape[1]] @ u / own).square().sum(1)  # of each top direction, by the span of U
     assert float((1 - caught).abs().max()) < 1e-5
 
 

@@ -108,8 +108,6 @@ class Tail:
         self.mixed: Tensor | None = None  # [n, heads, K] of the rows of the last forward, where `values` is given
         self.read: Labels | None = None  # of the last forward, and how many sequences it had
         self.sequences = 0
-        self.left: Tensor | None = None  # [n, 1, H] of the rows of the last forward, what the last block gives
-        self.states: Tensor | None = None  # and what the body makes of that
         self.work = 0.0  # of all forwards so far, in sequences through one block; a row is its share of the tokens
         self.cache = Cache(cache_bytes)
         self.handle = perturbation_of(model)
@@ -254,8 +252,7 @@ class Tail:
             output = forward(input_ids=tokens, attention_mask=torch.ones_like(tokens), **_without_cache(self.body))
         finally:
             self._call, self.handle.leading = None, leading
-        self.states = output[0] if isinstance(output, tuple) else output.last_hidden_state
-        return output, self.states
+        return output, output[0] if isinstance(output, tuple) else output.last_hidden_state
 
     def _look_up(self, forward: Callable[..., Any], ids: Tensor, lengths: list[int], labels: Labels) -> Tensor:
         """What is kept of every label row, [n, width], from the cache or computed for its sequence."""
@@ -348,9 +345,7 @@ class Tail:
             hidden = hidden_of(args, kwargs)
             return (hidden,) if self._tuples else hidden
         args, kwargs = with_hidden(args, kwargs, call.part(HIDDEN))
-        output = forward(*args, **kwargs)
-        self.left = output[0] if isinstance(output, tuple) else output
-        return output
+        return forward(*args, **kwargs)
 
     def _mix(self, call: _Call, block: Callable[[], Any]) -> None:
         # The block runs again with columns of the values' inputs in place of values, as many as a head is wide.

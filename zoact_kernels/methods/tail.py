@@ -111,7 +111,7 @@ class ZOActTail(ZeroOrder):
         layers = [t.layer for t in self.trainables.values() if isinstance(t, Between)]
         grams = [torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64) for layer in layers]
         counts, tokens = [0] * len(layers), []
-        left = reached = 0.0  # energies of what leaves the last block, and of what reaches the head
+        energies = {self.fork.last: 0.0, self.fork.body: 0.0}  # of what leaves the last block, and reaches the head
         batches = [batch.to(self.device) for batch in batches]
         model: Any = self.model
         head = model.get_output_embeddings() if hasattr(type(model), "get_output_embeddings") else None
@@ -131,19 +131,25 @@ class ZOActTail(ZeroOrder):
             counts[index] += len(rows)
             return forward(x)
 
+        def weigh(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)  # gets past this with label rows alone: sequences stop in the last block
+            rows = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", output)
+            energies[module] += float(rows.double().square().mean()) * len(rows)
+            return output
+
         with contextlib.ExitStack() as stack:
             for i, layer in enumerate(layers):
                 stack.enter_context(running(layer, functools.partial(see, i)))
+            for module in energies:
+                stack.enter_context(running(module, functools.partial(weigh, module)))
             stack.enter_context(self.forking())  # outside of them: it has the rows
             for batch in batches:
                 evaluate(batch)
                 self.seen()
-                assert self.fork.left is not None and self.fork.states is not None
-                left += float(self.fork.left.double().square().mean() * len(self.fork.left))
-                reached += float(self.fork.states.double().square().mean() * len(self.fork.left))
                 tokens.append(batch.targets.flatten())
-        spread = (float(g.trace() / n / len(g)) for g, n in zip(grams, counts, strict=True))
-        self.inputs = dict(zip(layers, map(math.sqrt, spread), strict=True))
+        passed = math.sqrt(energies[self.fork.body] / energies[self.fork.last])
+        spread = (math.sqrt(g.trace() / n / len(g)) for g, n in zip(grams, counts, strict=True))
+        self.inputs = dict(zip(layers, spread, strict=True))
         rows = self.fork.head_rows(head, torch.cat(tokens).unique(), last.out_features, model.dtype)[0].double().cpu()
         rows -= rows.mean(dim=0)
         for layer, gram, count in zip(layers, grams, counts, strict=True):
@@ -154,7 +160,7 @@ class ZOActTail(ZeroOrder):
                 own = rows @ last.dequantize(torch.float64).cpu()
             directions = torch.linalg.svd(own, full_matrices=False)
             kept = int((SMALL * directions.S[0] < directions.S).sum().clamp(max=layer.out_basis.shape[1]))
-            felt = math.sqrt(reached / left) * directions.S[:kept].square().mean().div(len(rows)).sqrt()
+            felt = passed * directions.S[:kept].square().mean().div(len(rows)).sqrt()
             layer.out_basis[:, :kept] = (directions.Vh[:kept].T * (FELT / felt)).float()
 
     def seen(self) -> None:

@@ -158,7 +158,6 @@ def _train(
         "curve": curve,
         "steps": len(taken),
         "skipped": sum(row.skipped for row in taken),
-        "seconds_per_step": _short(statistics.median(row.seconds for row in taken)),
     }
     return setting.model, told
 
@@ -187,8 +186,7 @@ def _train_first_order(
         if time.monotonic() > deadline:
             raise Stopped
     meter.close()
-    told = {"curve": curve, "steps": len(took), "skipped": 0, "seconds_per_step": _short(statistics.median(took))}
-    return bound.model, told
+    return bound.model, {"curve": curve, "steps": len(took), "skipped": 0}
 
 
 def cost(given: Set, who: Contender, directory: Path, deadline: float) -> dict[str, Any]:

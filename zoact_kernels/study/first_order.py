@@ -2,6 +2,9 @@
 
 adam-on-c   C of every layer on the activation basis, as ZO-Act has it
 lora        both factors of a LoRA by peft: rank 8, alpha 16, all linears of the blocks; a new head whole
+
+As first-order Adam is commonly run: gradients clipped to norm CLIP, the lr falling in a line to 0. Without either, the
+best of a sweep of 33 steps (a LoRA at 3.2e-3, loss 0.48) came apart in the 66 of a final one (2.31, untrained 1.55).
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LinearLR
 
 from .. import rng
 from ..layers import zo_layers
@@ -22,15 +26,19 @@ from ..recipe import Recipe
 from .settings import HEAD, Setting, give_basis, plain
 
 LORA_RANK, LORA_ALPHA = 8, 16
+CLIP = 1.0
 
 
 @dataclass
 class FirstOrder:
-    """A model whose `parameters` Adam moves, one `step` a batch."""
+    """A model whose `parameters` Adam moves, one `step` a batch. clip: largest norm of all gradients together. fall:
+    what becomes of the lr, if anything."""
 
     model: nn.Module
     parameters: list[nn.Parameter]
     adam: torch.optim.Adam
+    clip: float = math.inf
+    fall: LinearLR | None = None
 
     @property
     def state_bytes(self) -> int:
@@ -42,7 +50,10 @@ class FirstOrder:
         losses = group_losses(self.model, batch, grad=True)[0]
         self.adam.zero_grad(set_to_none=True)
         losses.mean().backward()
+        nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.adam.step()
+        if self.fall is not None:
+            self.fall.step()
         return losses.detach()
 
 
@@ -76,9 +87,11 @@ BOUNDS: dict[str, Callable[[Setting, int, Recipe], tuple[nn.Module, list[nn.Para
 
 
 def begin(name: str, setting: Setting, rank: int, recipe: Recipe) -> FirstOrder:
-    """recipe: its seed, lr and batches; the method that it names is not used."""
+    """recipe: its seed, steps, lr and batches; the method that it names is not used."""
     model, parameters = BOUNDS[name](setting, rank, recipe)
-    return FirstOrder(model, parameters, torch.optim.Adam(parameters, lr=recipe.lr))
+    adam = torch.optim.Adam(parameters, lr=recipe.lr)
+    fall = LinearLR(adam, start_factor=1.0, end_factor=0.0, total_iters=max(1, recipe.steps))
+    return FirstOrder(model, parameters, adam, CLIP, fall)
 
 
 def steps(bound: FirstOrder, setting: Setting, recipe: Recipe) -> Iterator[float]:

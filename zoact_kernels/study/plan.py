@@ -106,7 +106,7 @@ class Set(NamedTuple):
 
 CORE = ("zo-act", "mezo", "lozo", "subzero")
 _LOW_BIT = ("zo-act", "lozo", "subzero", "qzo", NODE.name, ADAM_ON_C.name)
-_DENSE = (*CORE, NODE.name, "zo-act sgd", "zo-act sgd r16", LORA.name)
+_DENSE = (*CORE, NODE.name, "zo-act sgd", "zo-act sgd r16", ADAM_ON_C.name, LORA.name)
 
 
 def everything() -> tuple[str, ...]:

@@ -21,10 +21,11 @@ from zoact_kernels import demo
 from zoact_kernels.data import Task, read
 from zoact_kernels.integrations.transformers import load_model
 from zoact_kernels.methods import METHODS, arguments
-from zoact_kernels.study import plan, report, rows, settings, work
+from zoact_kernels.recipe import Recipe
+from zoact_kernels.study import claims, first_order, plan, report, rows, settings, work
 from zoact_kernels.study.plan import Row, Run, Set
 from zoact_kernels.study.queue import ATTEMPTS, Queue
-from zoact_kernels.study.statistics import interval, seed_interval, t_quantile
+from zoact_kernels.study.statistics import Interval, interval, seed_interval, t_quantile
 from zoact_kernels.swap import ZOConfig
 
 TINY = Set("tiny", "tiny", "colours", ("zo-act", "lozo", "qzo", "adam on C", "lora by adam"), 200, 320, 10.0, 1)
@@ -119,6 +120,23 @@ def test_a_paired_difference_is_narrower() -> None:
     paired, single = interval(a - b), interval(a)
     assert paired.mean == pytest.approx(0.1) and paired.half < single.half
     assert paired.half == pytest.approx(t_quantile(0.975, 9) * 0.1, rel=1e-9)  # examples alone: sd 0.316 / sqrt(10)
+
+
+def test_claims_are_told_scene_by_scene() -> None:
+    gains = {("mezo", "agzo"): Interval(0.083, 0.038, 3), ("agzo", "mezo"): Interval(-0.083, 0.038, 3)}
+    falls = {("mezo", "agzo"): Interval(-0.01, 0.1, 3), ("agzo", "mezo"): Interval(0.2, math.nan, 1)}
+    scenes = {
+        TINY: {"mezo": "mezo", "agzo": "agzo"},
+        TINY._replace(name="more", contenders=()): {"fzoo": "fzoo"},  # of the same model and task: one scene
+        TINY._replace(name="other", task="shapes"): {"mezo": "mezo", "agzo": "agzo"},
+    }
+    told = claims.section(scenes, lambda a, b: gains.get((a, b)), lambda a, b: falls.get((a, b)))
+    text = "\n".join(told)
+    assert "| colours on tiny | +8.3 ± 3.8 | reproduced | -0.010 ± 0.100 | not reproduced |" in text
+    assert "| colours on tiny | -8.3 ± 3.8 | the opposite | +0.200 | one run so far |" in text
+    assert text.count("| | | shapes on tiny |") == 2
+    assert text.count("not measured yet") == len(claims.CLAIMS) - 2
+    assert len({line.count("|") for line in told if line.startswith("|")}) == 1
 
 
 # --- queue ------------------------------------------------------------------------------------------------------------
@@ -285,6 +303,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             work.work(queue)
             rows.write(folder / "rows", queue.rows())
     return folder / "queue", folder / "rows"
+
+
+def test_first_order_clips_and_its_lr_falls_to_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_order, "CLIP", 1e-3)
+    setting, recipe = settings.load("tiny", "colours"), Recipe(steps=4, batch_size=8, lr=1e-2)
+    bound = first_order.begin("adam-on-c", setting, 1, recipe)
+    rates, norms = [], []
+    for step in range(recipe.steps):
+        rates.append(bound.adam.param_groups[0]["lr"])
+        bound.step(setting.training.batch_at(recipe, step))
+        norms.append(float(torch.stack([p.grad.norm() for p in bound.parameters if p.grad is not None]).norm()))
+    assert rates == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3]) and bound.adam.param_groups[0]["lr"] == 0
+    assert norms == pytest.approx([1e-3] * recipe.steps, rel=1e-3)  # what is clipped has this norm, more or less 1e-6
 
 
 def test_a_whole_study(finished: tuple[Path, Path]) -> None:

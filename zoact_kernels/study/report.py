@@ -95,6 +95,12 @@ def difference(a: Final, b: Final) -> Interval | None:
     return interval(a.correct[:seeds].astype(float) - b.correct[:seeds].astype(float))
 
 
+def loss_difference(a: Final, b: Final) -> Interval | None:
+    """Held-out loss of `a` less that of `b`, over the seeds that both have; of those alone, not of other examples."""
+    seeds = min(len(a.losses), len(b.losses))
+    return seed_interval(np.array(a.losses[:seeds]) - np.array(b.losses[:seeds])) if seeds else None
+
+
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
@@ -194,12 +200,10 @@ def _verdicts(by_name: Mapping[str, Final]) -> list[str]:
             said = "no, it is the other way round, and the intervals are disjoint"
         else:
             said = "no, the intervals meet"
-        seeds = min(len(ours.losses), len(theirs.losses))
-        apart = seed_interval(np.array(ours.losses[:seeds]) - np.array(theirs.losses[:seeds]))
-        loss = f"{apart.mean:+.3f}" + ("" if math.isnan(apart.half) else f" ± {apart.half:.3f}")
+        loss = loss_difference(ours, theirs)
         lines.append(
             f"* {who} beats {other}: {said} ({_percent(a)} against {_percent(b)}, paired {_percent(paired, True)}; "
-            f"held-out loss, over seeds alone, {loss})."
+            f"held-out loss, over seeds alone, {'–' if loss is None else claims.of_loss(loss)})."
         )
     return lines
 
@@ -246,7 +250,8 @@ def write(folder: Path) -> list[Path]:
     lines = [HEAD.format(curve=CURVE, grid=len(GRID), more=EXTENSIONS, seeds=len(SEEDS))]
     for given in sets():
         lines += section(given, rows, folder)
-    lines += claims.section({given: {f.name: f for f in finals(given, rows)} for given in sets()}, difference)
+    scenes = {given: {f.name: f for f in finals(given, rows)} for given in sets()}
+    lines += claims.section(scenes, difference, loss_difference)
     lines += gradients.section(rows, folder)
     lines += _machines(rows)
     lines += missing(rows)

@@ -358,6 +358,19 @@ def test_the_report_is_made_of_the_rows_alone(finished: tuple[Path, Path], tiny:
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
+def test_the_report_names_those_that_came_apart() -> None:
+    def ended(name: str, *losses: float) -> report.Final:
+        return report.Final(name, None, False, None, [*losses], [], None, [])
+
+    known = [ended(plan.BEFORE, 1.5), ended("zo-act", 1.4, 1.5), ended("lozo", 1.4, 1.7), ended("mezo", 1.0, math.nan)]
+    (told,) = report._came_apart({final.name: final for final in known}, TINY)
+    assert "(1.50)" in told and "lozo (1.55), mezo (nan)." in told and "shorter runs (200" in told
+    assert "zo-act" not in told
+    (told,) = report._came_apart({final.name: final for final in known}, TINY._replace(final=TINY.sweep))
+    assert told.endswith("mezo (nan).")
+    assert report._came_apart({final.name: final for final in known[:2]}, TINY) == []
+
+
 SCRIPT = """
 import sys
 from pathlib import Path

@@ -140,7 +140,7 @@ def section(given: Set, rows: Mapping[str, Row], folder: Path) -> list[str]:
         figure = f"curve-{given.name}.png"
         _draw(found, quiet, folder / figure, given)
         lines += ["", f"![accuracy over forwards and seconds]({figure})"]
-    return [*lines, "", *_verdicts(by_name), *_memory(found), ""]
+    return [*lines, "", *_verdicts(by_name), *_memory(found), *_came_apart(by_name, given), ""]
 
 
 def _line(final: Final, by_name: Mapping[str, Final], quiet: float, shortest: float) -> str:
@@ -220,6 +220,22 @@ def _memory(found: Iterable[Final]) -> list[str]:
         return []
     told = ", ".join(f"{name} ({human(peak)}, {100 * accuracy:.1f})" for peak, accuracy, name in sorted(best))
     return [f"* At equal memory above the weights nothing beats, from least to most: {told}."]
+
+
+def _came_apart(by_name: Mapping[str, Final], given: Set) -> list[str]:
+    """Those that end worse than they began."""
+    if BEFORE not in by_name:
+        return []
+    worse = {f.name: float(np.mean(f.losses)) for f in by_name.values() if f.losses}
+    start = worse.pop(BEFORE)
+    told = ", ".join(f"{name} ({loss:.2f})" for name, loss in sorted(worse.items()) if not loss <= start)
+    if not told:
+        return []
+    why = f" The sweep has shorter runs ({given.sweep:,} forwards): its best lr may be too high to last."
+    return [
+        f"* Above the untrained model's loss ({start:.2f}) in the end, in the mean of their seeds: {told}."
+        + why * (given.sweep < given.final)
+    ]
 
 
 def _draw(found: Sequence[Final], quiet: float, path: Path, given: Set) -> None:

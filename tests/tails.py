@@ -30,7 +30,7 @@ SMALL: dict[str, Any] = {
 KEPT = {name: value for name, value in SMALL.items() if name != "intermediate_size"}
 WORDS = (11, 5, 40)
 Comparison = tuple[Tensor, Tensor, Tensor]
-KINDS = ("llama", "tied", "gpt2", "gemma2", "phi", "head")
+KINDS = ("llama", "tied", "gpt2", "gemma2", "granite", "phi", "head")
 
 
 def plain(kind: str) -> nn.Module:
@@ -43,6 +43,8 @@ def plain(kind: str) -> nn.Module:
     elif kind == "phi":  # attention beside the MLP, not before it; a head with a bias
         model = t.PhiForCausalLM(t.PhiConfig(**SMALL, num_key_value_heads=1))
         nn.init.normal_(model.lm_head.bias)
+    elif kind == "granite":  # a block's outputs and the logits are scaled
+        model = t.GraniteForCausalLM(t.GraniteConfig(**grouped, residual_multiplier=0.25, logits_scaling=8.0))
     elif kind == "opt":  # biases, learned positions
         model = t.OPTForCausalLM(t.OPTConfig(**KEPT, ffn_dim=40, word_embed_proj_dim=H))
     elif kind == "neox":  # one linear for queries, keys and values

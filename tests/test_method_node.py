@@ -13,7 +13,7 @@ import pytest
 import torch
 from close import assert_no_worse
 from tails import Batch, L, fresh, phrases, plain, step, texts, words
-from test_method_tail import calibration, same
+from test_method_tail import logits_moved, same
 from test_trainer import Tiny, record
 from torch import Tensor, nn
 
@@ -260,16 +260,18 @@ def test_prepare_gives_bases() -> None:
             group_losses(model, given)
         mixtures.append(optimizer.fork.mixed.flatten(0, 1).double())  # type: ignore[union-attr]
     rows = torch.cat(mixtures) @ t.layer.basis.double()  # type: ignore[union-attr]
-    attended = calibration(model, model.model.layers[-1].self_attn.o_proj, many)
-    share = attended.square().mean() / MIXED**2  # of what attention gives, in place of 1
-    assert float((rows.T @ rows / len(rows) / share - torch.eye(4)).abs().max()) < 0.05
+    name = "model.layers.2.self_attn.o_proj"
+    weight = zo_layers(model)[name].dequantize(torch.float64)  # noise of attention's output is this of the linear's
+    length = MIXED / (logits_moved(model, name, weight, many) * weight.norm())  # in place of 1
+    assert float((rows.T @ rows / len(rows) / length**2 - torch.eye(4)).abs().max()) < 0.05
     before = values(optimizer)
     assert not step(optimizer, many[0]).skipped and not same(values(optimizer), before)
 
 
 @torch.no_grad()
 def louder(model: Any) -> Any:
-    """The same function of tokens, but for rounding: hidden states times 64, values times 4, head's inputs by 16."""
+    """The same function of tokens, but for rounding: hidden states times 64, values times 4, head's inputs by 16; what
+    granite multiplies with, by 2."""
     model = copy.deepcopy(model)
     model.get_input_embeddings().weight *= 64
     for block in model.model.layers:
@@ -278,12 +280,20 @@ def louder(model: Any) -> Any:
         block.mlp.down_proj.weight *= 64
     model.model.norm.weight /= 16
     model.lm_head.weight *= 16
+    if hasattr(model, "logits_scaling"):
+        model.logits_scaling *= 2
+        model.lm_head.weight *= 2
+        for block in model.model.layers:
+            block.residual_multiplier *= 2
+            block.self_attn.o_proj.weight /= 2
+            block.mlp.down_proj.weight /= 2
     return model
 
 
+@pytest.mark.parametrize("family", ("llama", "granite"))
 @pytest.mark.parametrize("kind", (ZOActNode, ZOActTail))
-def test_radius_and_rates_mean_the_same_in_a_louder_model(kind: Any) -> None:
-    model = plain("llama")
+def test_radius_and_rates_mean_the_same_in_a_louder_model(kind: Any, family: str) -> None:
+    model = plain(family)
     for module in model.modules():
         if hasattr(module, "variance_epsilon"):
             module.variance_epsilon = 0.0

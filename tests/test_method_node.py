@@ -13,7 +13,7 @@ import pytest
 import torch
 from close import assert_no_worse
 from tails import Batch, L, fresh, phrases, plain, step, texts, words
-from test_method_tail import logits_moved, same
+from test_method_tail import calibration, same
 from test_trainer import Tiny, record
 from torch import Tensor, nn
 
@@ -260,10 +260,9 @@ def test_prepare_gives_bases() -> None:
             group_losses(model, given)
         mixtures.append(optimizer.fork.mixed.flatten(0, 1).double())  # type: ignore[union-attr]
     rows = torch.cat(mixtures) @ t.layer.basis.double()  # type: ignore[union-attr]
-    name = "model.layers.2.self_attn.o_proj"
-    weight = zo_layers(model)[name].dequantize(torch.float64)  # noise of attention's output is this of the linear's
-    length = MIXED / (logits_moved(model, name, weight, many) * weight.norm())  # in place of 1
-    assert float((rows.T @ rows / len(rows) / length**2 - torch.eye(4)).abs().max()) < 0.05
+    attended = calibration(model, model.model.layers[-1].self_attn.o_proj, many)
+    share = attended.square().mean() / MIXED**2  # of what attention gives, in place of 1
+    assert float((rows.T @ rows / len(rows) / share - torch.eye(4)).abs().max()) < 0.05
     before = values(optimizer)
     assert not step(optimizer, many[0]).skipped and not same(values(optimizer), before)
 

@@ -107,6 +107,8 @@ class ZOActTail(ZeroOrder):
     def fork(self) -> Tail:
         return Tail(self.model, self.tail_cache)
 
+    inputs: dict[ZOLinear, float]  # rms of what a layer is given at label rows
+
     @torch.no_grad()
     def prepare(self, batches: Iterable[Any], evaluate: Callable[[Any], Tensor]) -> None:
         layers = [t.layer for t in self.trainables.values() if isinstance(t, Between)]
@@ -139,6 +141,8 @@ class ZOActTail(ZeroOrder):
                 evaluate(batch)
                 self.seen()
                 tokens.append(batch.targets.flatten())
+        size = (math.sqrt(gram.trace() / count / len(gram)) for gram, count in zip(grams, counts, strict=True))
+        self.inputs = dict(zip(layers, size, strict=True))
         answers = torch.cat(tokens).unique()
         rows = self.fork.head_rows(head, answers, last.out_features, model.dtype)[0].double().cpu()
         rows -= rows.mean(dim=0)
@@ -155,13 +159,9 @@ class ZOActTail(ZeroOrder):
             along = directions.Vh[:kept].T.float().to(self.device)
             length = felt(layer, along)
             layer.out_basis[:, :kept] = along * (FELT / length if length else 0.0)
-        self.measured(felt)
 
     def seen(self) -> None:
         """Called by `prepare` after each of its batches."""
-
-    def measured(self, felt: Callable[[ZOLinear, Tensor], float]) -> None:
-        """Called by `prepare` at its end, with `_felt` of its batches."""
 
     def _felt(
         self,

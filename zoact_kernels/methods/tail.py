@@ -147,7 +147,6 @@ class ZOActTail(ZeroOrder):
         rows = self.fork.head_rows(head, answers, last.out_features, model.dtype)[0].double().cpu()
         rows -= rows.mean(dim=0)
         few = next((i for i in range(len(batches)) if counts[0] * i >= FELT_ROWS * len(batches)), len(batches))
-        felt = functools.partial(self._felt, answers=answers, batches=batches[:few], evaluate=evaluate)
         for layer, gram, count in zip(layers, grams, counts, strict=True):
             assert layer.basis is not None and layer.out_basis is not None
             layer.basis.copy_(whitening(gram / count, layer.rank))
@@ -157,7 +156,7 @@ class ZOActTail(ZeroOrder):
             directions = torch.linalg.svd(own, full_matrices=False)
             kept = int((SMALL * directions.S[0] < directions.S).sum().clamp(max=layer.out_basis.shape[1]))
             along = directions.Vh[:kept].T.float().to(self.device)
-            length = felt(layer, along)
+            length = self._felt(layer, along, answers, batches[:few], evaluate)
             layer.out_basis[:, :kept] = along * (FELT / length if length else 0.0)
 
     def seen(self) -> None:

@@ -20,11 +20,13 @@ from tiny_model import LABELS, PROMPT, make_model_dir, write_examples
 from zoact_kernels import demo
 from zoact_kernels.data import Task, read
 from zoact_kernels.integrations.transformers import load_model
+from zoact_kernels.learning import Course
 from zoact_kernels.methods import METHODS, arguments
+from zoact_kernels.methods.learned import ZOFinetuner
 from zoact_kernels.recipe import Recipe
-from zoact_kernels.study import claims, first_order, plan, report, rows, settings, work
+from zoact_kernels.study import claims, first_order, nets, plan, report, rows, settings, work
 from zoact_kernels.study.plan import Row, Run, Set
-from zoact_kernels.study.queue import ATTEMPTS, Queue
+from zoact_kernels.study.queue import ATTEMPTS, Claim, Queue, acquire
 from zoact_kernels.study.statistics import Interval, interval, seed_interval, t_quantile
 from zoact_kernels.swap import ZOConfig
 
@@ -316,6 +318,34 @@ def test_first_order_clips_and_its_lr_falls_to_nothing(tiny: Path, monkeypatch: 
         norms.append(float(torch.stack([p.grad.norm() for p in bound.parameters if p.grad is not None]).norm()))
     assert rates == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3]) and bound.adam.param_groups[0]["lr"] == 0
     assert norms == pytest.approx([1e-3] * recipe.steps, rel=1e-3)  # what is clipped has this norm, more or less 1e-6
+
+
+def test_zo_finetuner_has_nets_of_another_task(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TASK", "OTHER"):
+        monkeypatch.setattr(nets, name, "colours")
+    monkeypatch.setattr(nets, "COURSE", Course(epochs=1, restart_every=1, limit=4, reach=10.0))
+    run = Run("tiny", "final", "zo-finetuner", 1e-4, 0, 320)
+    directory = tmp_path / "queue" / "runs" / "one"
+    claim = Claim(run, directory, 1, acquire(tmp_path))
+    costs = {"setup_forwards": 0.0, "forwards_per_step": 32.0}
+    known = {Run("tiny", "cost", "zo-finetuner").id: Row(Run("tiny", "cost", "zo-finetuner"), "done", costs)}
+    seen: list[Recipe] = []
+
+    def trained(setting: Any, who: Any, recipe: Recipe, *others: Any) -> Any:
+        seen.append(recipe)
+        return setting.model, {"curve": []}
+
+    monkeypatch.setattr(work, "_train", trained)
+    for _ in range(2):
+        work.perform(claim, TINY, known, math.inf)
+    assert seen[0] == seen[1] and seen[0].steps == 10
+    path = Path(seen[0].options["nets"])
+    assert path.parent == tmp_path / "queue" / "nets"
+    written = path.stat().st_mtime_ns
+    assert nets.nets_for("tiny", "colours", path.parent) == path and path.stat().st_mtime_ns == written  # once
+    optimizer = ZOFinetuner(settings.load("tiny", "colours").model, nets=str(path))
+    optimizer.refresh()
+    assert float((optimizer.s - 1).abs().max()) > 1e-6
 
 
 def test_a_whole_study(finished: tuple[Path, Path]) -> None:

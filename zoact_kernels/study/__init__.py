@@ -6,6 +6,7 @@
     queue        waiting, running, done, failed in SQLite; several workers, each of which may be killed
     meter        forwards as a run really makes them
     first_order  what the methods are measured against: Adam on the same C, Adam on a LoRA
+    nets         what zo-finetuner has learned on another task
     work         one run from its spec to its row
     measures     gradients against directions: cosines, captured energy, finite differences, precision
     report       report.md and figures from the rows

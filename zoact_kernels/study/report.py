@@ -28,7 +28,8 @@ Made by `zoact study report` from `runs.jsonl` and `measures.jsonl`; `zoact stud
 * **A forward** is one sequence through all blocks of the model, counted block by block as the run makes them: 16
   examples, two-sided, one query are 32 a step. A backward counts as two, a tangent as one more, a sequence that enters
   halfway as a half; a label row behind the last attention as the share of one block that it is of its sequence's
-  tokens. Computing a basis counts, evaluations do not.
+  tokens. Computing a basis counts, evaluations do not; nor do the nets of zo-finetuner, learned once by first-order
+  steps on another task.
 * **Splits.** The lr is chosen by the loss on {curve} validation examples after a shorter run of its own seed: {grid}
   rates half a decade apart around the published one (where it multiplies a gradient around ten times that, on the
   encoder a hundred), and up to {more} more while the best is an end; the same rule for all. What was chosen on

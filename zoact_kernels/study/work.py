@@ -27,11 +27,13 @@ from ..layers import zo_layers
 from ..losses import evaluate, group_losses
 from ..methods import METHODS, StepResult, arguments
 from ..methods.activation import ZOAct
+from ..methods.learned import ZOFinetuner
 from ..recipe import Recipe
 from ..runlog import EvalRow, RunLog, StepRow
 from ..trainer import Watch, train
 from . import first_order, measures
 from .meter import Meter
+from .nets import nets_for
 from .plan import BASIS_BATCHES, BEFORE, Contender, Row, Run, Set, contender, due, sets
 from .queue import Claim, Queue
 from .settings import TARGETS, Setting, give_basis, load, spread
@@ -122,6 +124,9 @@ def perform(claim: Claim, given: Set | None, rows: dict[str, Row], deadline: flo
     every = max(1, round(steps / POINTS)) if run.stage == "final" else 0
     assert run.lr is not None
     recipe = recipe_of(who, lr=run.lr, steps=steps, seed=run.seed, model=given.model, eval_every=every)
+    if who.method == ZOFinetuner.name:
+        learned = nets_for(given.model, given.task, claim.directory.parents[1] / "nets")
+        recipe = replace(recipe, options={**recipe.options, "nets": str(learned)})
     setting = load(given.model, given.task, seed=run.seed)
     shown = setting.held_out if run.stage == "final" else setting.validation
     if who.first_order:

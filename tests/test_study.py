@@ -234,11 +234,11 @@ def test_plan_is_idempotent_and_grows_with_what_is_known(tiny: Path, tmp_path: P
         assert [run.lr for run in sweep] == [3.16e-4, 1e-3]
 
 
-def sweep_of(losses: dict[float, float | None]) -> dict[str, Row]:
+def sweep_of(losses: dict[float, float | None], forwards: int = TINY.sweep) -> dict[str, Row]:
     cost = Run("tiny", "cost", "zo-act")
     known = {cost.id: Row(cost, "done", {})}
     for lr, loss in losses.items():
-        run = Run("tiny", "sweep", "zo-act", lr, plan.SWEEP_SEED, TINY.sweep)
+        run = Run("tiny", "sweep", "zo-act", lr, plan.SWEEP_SEED, forwards)
         known[run.id] = Row(run, "done" if loss is not None else "failed", {"curve": [[0, 0, 0, loss, 0]]})
     return known
 
@@ -246,17 +246,40 @@ def sweep_of(losses: dict[float, float | None]) -> dict[str, Row]:
 def test_the_grid_grows_while_the_best_is_an_end() -> None:
     who = plan.contender("zo-act")
     inside = sweep_of({1e-4: 3.0, 3.16e-4: 1.0, 1e-3: 2.0, 3.16e-3: None})
-    assert plan.chosen(TINY, who, inside) == (3.16e-4, False)
+    assert plan.chosen(TINY, who, inside)[:2] == (3.16e-4, False)
     end = sweep_of({1e-4: 3.0, 3.16e-4: 2.5, 1e-3: 2.0, 3.16e-3: 1.0})
-    assert plan.chosen(TINY, who, end) == (None, False)
+    assert plan.chosen(TINY, who, end)[:2] == (None, False)
     assert [run.lr for run in plan.grid(TINY, who, end)][-1] == 1e-2
     longer = end | sweep_of({1e-2: 0.9, 3.16e-2: 0.8, 1e-1: 0.7, 3.16e-1: 0.6})
-    assert plan.chosen(TINY, who, longer) == (0.316, True)  # EXTENSIONS of them, then it says so
+    assert plan.chosen(TINY, who, longer)[:2] == (0.316, True)  # EXTENSIONS of them, then it says so
+    longer |= sweep_of({0.316: 0.6}, TINY.final)
     finals = [run for _, run in plan.due(longer, [TINY]) if run.stage == "final" and run.contender == "zo-act"]
     assert [run.seed for run in finals] == list(plan.SEEDS) and {run.lr for run in finals} == {0.316}
     hopeless = sweep_of({1e-4: None, 3.16e-4: None, 1e-3: None, 3.16e-3: None})
-    assert plan.chosen(TINY, who, hopeless) == (None, False)
+    assert plan.chosen(TINY, who, hopeless)[:2] == (None, False)
     assert not [run for _, run in plan.due(hopeless, [TINY]) if run.stage == "final" and run.contender == "zo-act"]
+
+
+def test_an_lr_has_to_last() -> None:
+    """The grid's best runs as long as a final run, then the next lower lr, until one ends below its short run."""
+    who, short = plan.contender("zo-act"), {1e-4: 3.0, 3.16e-4: 2.0, 1e-3: 1.0, 3.16e-3: None}
+
+    def asked(known: dict[str, Row]) -> list[tuple[str, float | None, int]]:
+        wanted = [run for _, run in plan.due(known, [TINY]) if run.contender == "zo-act" and run.id not in known]
+        return [(run.stage, run.lr, run.forwards) for run in wanted]
+
+    longer: dict[float, float | None] = {}
+    for lr, loss, then in ((1e-3, 1.1, 3.16e-4), (3.16e-4, None, 1e-4)):  # worse than before; not finite
+        known = sweep_of(short) | sweep_of(longer, TINY.final)
+        assert asked(known) == [("sweep", lr, TINY.final)] and plan.chosen(TINY, who, known)[:2] == (lr, False)
+        longer[lr] = loss
+        assert plan.chosen(TINY, who, known | sweep_of(longer, TINY.final))[:2] == (then, False)
+    for loss in (2.9, 3.1):  # there is no lower one
+        known = sweep_of(short) | sweep_of(longer | {1e-4: loss}, TINY.final)
+        assert asked(known) == [("final", 1e-4, TINY.final)] * len(plan.SEEDS)
+    even = TINY._replace(final=TINY.sweep)
+    assert plan.chosen(even, who, sweep_of(short))[:2] == (1e-3, False)
+    assert {run.stage for _, run in plan.due(sweep_of(short), [even]) if run.contender == "zo-act"} >= {"final"}
 
 
 def test_a_set_may_take_the_lr_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +287,8 @@ def test_a_set_may_take_the_lr_of_another(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(plan, "sets", lambda: (TINY, other))
     cost = Run("other", "cost", "zo-act")
     known = sweep_of({1e-4: 3.0, 3.16e-4: 1.0, 1e-3: 2.0, 3.16e-3: None}) | {cost.id: Row(cost, "done", {})}
+    assert [run.stage for _, run in plan.due(known, [other]) if run.contender == "zo-act"] == ["cost"]
+    known |= sweep_of({3.16e-4: 0.9}, TINY.final)
     runs = [run for _, run in plan.due(known, [other]) if run.contender == "zo-act"]
     assert [(run.stage, run.lr) for run in runs] == [("cost", None)] + [("final", 3.16e-4)] * len(plan.SEEDS)
     undecided = {cost.id: Row(cost, "done", {})}
@@ -390,15 +415,12 @@ def test_the_report_is_made_of_the_rows_alone(finished: tuple[Path, Path], tiny:
 
 def test_the_report_names_those_that_came_apart() -> None:
     def ended(name: str, *losses: float) -> report.Final:
-        return report.Final(name, None, False, None, [*losses], [], None, [])
+        return report.Final(name, plan.Choice(), None, [*losses], [], None, [])
 
     known = [ended(plan.BEFORE, 1.5), ended("zo-act", 1.4, 1.5), ended("lozo", 1.4, 1.7), ended("mezo", 1.0, math.nan)]
-    (told,) = report._came_apart({final.name: final for final in known}, TINY)
-    assert "(1.50)" in told and "lozo (1.55), mezo (nan)." in told and "shorter runs (200" in told
-    assert "zo-act" not in told
-    (told,) = report._came_apart({final.name: final for final in known}, TINY._replace(final=TINY.sweep))
-    assert told.endswith("mezo (nan).")
-    assert report._came_apart({final.name: final for final in known[:2]}, TINY) == []
+    (told,) = report._came_apart({final.name: final for final in known})
+    assert "(1.50)" in told and told.endswith("lozo (1.55), mezo (nan).") and "zo-act" not in told
+    assert report._came_apart({final.name: final for final in known[:2]}) == []
 
 
 SCRIPT = """

@@ -3,8 +3,10 @@
 For each set (a model, a task, its contenders), in this order:
 
     cost     what a step of the contender costs: forwards, seconds beside the plain forward, bytes
-    sweep    one run for each lr of its grid, seed SWEEP_SEED, judged by the loss on validation examples at the end
-    final    one run for each seed at the lr of the least loss, judged on the held-out examples
+    sweep    one run for each lr of its grid, seed SWEEP_SEED, judged by the loss on validation examples at the end;
+             then one as long as a final run at the lr of the least loss, and while it ends with a higher loss than the
+             shorter one at that lr did, at the next lower lr: what is best for a while may come apart
+    final    one run for each seed at the lr that lasts, judged on the held-out examples
 
 The grid is the same for all: centre x GRID. While the best lr is an end of the grid, the grid grows there by the same
 factor, at most EXTENSIONS times. The centre is the method's published lr, times `scale` where the lr multiplies a
@@ -17,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ..methods import METHODS, arguments
@@ -191,9 +193,11 @@ def _of_contender(given: Set, name: str, rows: Mapping[str, Row]) -> Iterable[Ru
         return
     if sweeping(given, name) == given:
         yield from grid(given, who, rows)
-    best, _ = chosen(given, who, rows)
-    if best is not None:
-        yield from (Run(given.name, "final", name, best, seed, given.final) for seed in SEEDS)
+    choice = chosen(given, who, rows)
+    if choice.asked is None and choice.lr is not None:
+        yield from (Run(given.name, "final", name, choice.lr, seed, given.final) for seed in SEEDS)
+    elif choice.asked is not None and choice.asked.set == given.name:
+        yield choice.asked
 
 
 def sweeping(given: Set, name: str) -> Set:
@@ -217,15 +221,31 @@ def grid(given: Set, who: Contender, rows: Mapping[str, Row]) -> list[Run]:
     return [_sweep(given, who, lr) for lr in rates]
 
 
-def chosen(given: Set, who: Contender, rows: Mapping[str, Row]) -> tuple[float | None, bool]:
-    """(lr of the least loss once all of the sweep is known, whether it is an end of the grid). None: not known yet, or
-    no run of the sweep ended with a finite loss."""
-    runs = grid(sweeping(given, who.name), who, rows)
+class Choice(NamedTuple):
+    """lr: None where not all of the grid is known, or no run of it ended with a finite loss. edge: the best of the grid
+    is an end of it. asked: the run that says whether the lr lasts, if that is still to come."""
+
+    lr: float | None = None
+    edge: bool = False
+    asked: Run | None = None
+
+
+def chosen(given: Set, who: Contender, rows: Mapping[str, Row]) -> Choice:
+    given = sweeping(given, who.name)
+    runs = grid(given, who, rows)
     losses = _losses(runs, rows)
     if losses is None or not math.isfinite(min(losses)):
-        return None, False
-    best = min(range(len(runs)), key=lambda i: losses[i])
-    return runs[best].lr, best in (0, len(runs) - 1)
+        return Choice()
+    best = at = min(range(len(runs)), key=lambda i: losses[i])
+    while given.sweep < given.final:
+        longer = replace(runs[at], forwards=given.final)
+        known = _losses([longer], rows)
+        if known is None:
+            return Choice(runs[at].lr, best in (0, len(runs) - 1), longer)
+        if known[0] <= losses[at] or at == 0:
+            break
+        at -= 1
+    return Choice(runs[at].lr, best in (0, len(runs) - 1))
 
 
 def _sweep(given: Set, who: Contender, lr: float) -> Run:

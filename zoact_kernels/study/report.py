@@ -15,7 +15,23 @@ from ..memory import human
 from ..plots import Line, draw_panels
 from ..runlog import write_whole
 from . import claims, gradients
-from .plan import ADAM_ON_C, BEFORE, EXTENSIONS, GRID, LORA, NODE, SEEDS, Row, Run, Set, chosen, contender, due, sets
+from .plan import (
+    ADAM_ON_C,
+    BEFORE,
+    EXTENSIONS,
+    GRID,
+    LORA,
+    NODE,
+    SEEDS,
+    Choice,
+    Row,
+    Run,
+    Set,
+    chosen,
+    contender,
+    due,
+    sets,
+)
 from .rows import read
 from .settings import CURVE
 from .statistics import Interval, interval, seed_interval
@@ -32,9 +48,11 @@ Made by `zoact study report` from `runs.jsonl` and `measures.jsonl`; `zoact stud
   steps on another task.
 * **Splits.** The lr is chosen by the loss on {curve} validation examples after a shorter run of its own seed: {grid}
   rates half a decade apart around the published one (where it multiplies a gradient around ten times that, on the
-  encoder a hundred), and up to {more} more while the best is an end; the same rule for all. What was chosen on
-  questions is kept for messages and reviews, and from the dense twin for the INT4 model. Only final runs see the
-  held-out examples, all of them at the end, {curve} along the curves. A new head is drawn by the seed, for all alike.
+  encoder a hundred), and up to {more} more while the best is an end; then the best runs as long as a final run, and while
+  that ends worse than the short one, the next lower lr (*by short runs*: this is still to come). The same rule for all.
+  What was chosen on questions is kept for messages and reviews, and from the dense twin for the INT4 model. Only final
+  runs see the held-out examples, all of them at the end, {curve} along the curves. A new head is drawn by the seed, for
+  all alike.
 * **Intervals** are 95 % and hold for other seeds and other examples at once: the variance of the mean is that between
   the means of {seeds} seeds plus that between examples, Student's t with the degrees of freedom of Welch and
   Satterthwaite. Differences are paired: same examples, and a seed gives all methods the same batches.
@@ -50,8 +68,7 @@ class Final(NamedTuple):
     """The final runs of a contender in a set. correct: bool [seeds, n], None before one is done."""
 
     name: str
-    lr: float | None
-    edge: bool
+    choice: Choice
     correct: np.ndarray | None
     losses: list[float]
     curves: list[np.ndarray]  # [points, (step, forwards, seconds, loss, accuracy)]
@@ -69,22 +86,22 @@ def finals(given: Set, rows: Mapping[str, Row]) -> list[Final]:
     before = rows.get(Run(given.name, "final", BEFORE).id)
     if before is not None and before.state == "done":
         test = before.result["test"]
-        found.append(Final(BEFORE, None, False, hits(test)[None], [test["loss"]], [], None, []))
+        found.append(Final(BEFORE, Choice(), hits(test)[None], [test["loss"]], [], None, []))
     for name in given.contenders:
         cost = rows.get(Run(given.name, "cost", name).id)
         if cost is None or cost.state != "done":
             continue
-        lr, edge = chosen(given, contender(name), rows)
-        if lr is None:
-            found.append(Final(name, None, False, None, [], [], cost.result, []))
+        choice = chosen(given, contender(name), rows)
+        if choice.lr is None:
+            found.append(Final(name, choice, None, [], [], cost.result, []))
             continue
-        runs = [rows.get(Run(given.name, "final", name, lr, seed, given.final).id) for seed in SEEDS]
+        runs = [rows.get(Run(given.name, "final", name, choice.lr, seed, given.final).id) for seed in SEEDS]
         done = [row.result for row in runs if row is not None and row.state == "done"]
         correct = np.stack([hits(result["test"]) for result in done]) if done else None
         curves = [np.array(result["curve"], dtype=float) for result in done]  # None becomes NaN
         losses = [math.nan if r["test"]["loss"] is None else r["test"]["loss"] for r in done]
         took = [float(curve[-1, 2] / curve[-1, 0]) for curve in curves]
-        found.append(Final(name, lr, edge, correct, losses, curves, cost.result, took))
+        found.append(Final(name, choice, correct, losses, curves, cost.result, took))
     return found
 
 
@@ -141,7 +158,7 @@ def section(given: Set, rows: Mapping[str, Row], folder: Path) -> list[str]:
         figure = f"curve-{given.name}.png"
         _draw(found, quiet, folder / figure, given)
         lines += ["", f"![accuracy over forwards and seconds]({figure})"]
-    return [*lines, "", *_verdicts(by_name), *_memory(found), *_came_apart(by_name, given), ""]
+    return [*lines, "", *_verdicts(by_name), *_memory(found), *_came_apart(by_name), ""]
 
 
 def _line(final: Final, by_name: Mapping[str, Final], quiet: float, shortest: float) -> str:
@@ -152,7 +169,8 @@ def _line(final: Final, by_name: Mapping[str, Final], quiet: float, shortest: fl
     if before and bound and before.accuracy and bound.accuracy and final.accuracy and final.name != BEFORE:
         gain = bound.accuracy.mean - before.accuracy.mean
         share = f"{(final.accuracy.mean - before.accuracy.mean) / gain:.0%}" if gain > 0 else "–"
-    lr = "–" if final.lr is None else f"{final.lr:.2g}{' (end of the grid)' if final.edge else ''}"
+    lr = "–" if final.choice.lr is None else f"{final.choice.lr:.2g}"
+    lr += " (end of the grid)" * final.choice.edge + " (by short runs)" * (final.choice.asked is not None)
     cells = [final.name, lr, _percent(final.accuracy), versus, share]
     cells.append(f"{np.mean(final.losses):.3f}" if final.losses else "–")
     if final.cost is None:
@@ -223,7 +241,7 @@ def _memory(found: Iterable[Final]) -> list[str]:
     return [f"* At equal memory above the weights nothing beats, from least to most: {told}."]
 
 
-def _came_apart(by_name: Mapping[str, Final], given: Set) -> list[str]:
+def _came_apart(by_name: Mapping[str, Final]) -> list[str]:
     """Those that end worse than they began."""
     if BEFORE not in by_name:
         return []
@@ -232,11 +250,7 @@ def _came_apart(by_name: Mapping[str, Final], given: Set) -> list[str]:
     told = ", ".join(f"{name} ({loss:.2f})" for name, loss in sorted(worse.items()) if not loss <= start)
     if not told:
         return []
-    why = f" The sweep has shorter runs ({given.sweep:,} forwards): its best lr may be too high to last."
-    return [
-        f"* Above the untrained model's loss ({start:.2f}) in the end, in the mean of their seeds: {told}."
-        + why * (given.sweep < given.final)
-    ]
+    return [f"* Above the untrained model's loss ({start:.2f}) in the end, in the mean of their seeds: {told}."]
 
 
 def _draw(found: Sequence[Final], quiet: float, path: Path, given: Set) -> None:
@@ -291,7 +305,7 @@ def missing(rows: Mapping[str, Row]) -> list[str]:
     for given in sets():
         stages = {stage: waiting[given.name, stage] for stage in ("cost", "sweep", "final")}
         undecided = sum(
-            chosen(given, contender(name), rows)[0] is None
+            chosen(given, contender(name), rows).lr is None
             for name in given.contenders
             if (cost := rows.get(Run(given.name, "cost", name).id)) is None or cost.state == "done"
         )

@@ -48,8 +48,8 @@ Made by `zoact study report` from `runs.jsonl` and `measures.jsonl`; `zoact stud
   steps on another task.
 * **Splits.** The lr is chosen by the loss on {curve} validation examples after a shorter run of its own seed: {grid}
   rates half a decade apart around the published one (where it multiplies a gradient around ten times that, on the
-  encoder a hundred), and up to {more} more while the best is an end; then the best runs as long as a final run, and while
-  that ends worse than the short one, the next lower lr (*by short runs*: this is still to come). The same rule for all.
+  encoder a hundred), and up to {more} more while the best is an end; then the best runs as long as a final run, and
+  while that ends worse than the short one, the next lower lr (*by short runs*: this is to come). The same rule for all.
   What was chosen on questions is kept for messages and reviews, and from the dense twin for the INT4 model. Only final
   runs see the held-out examples, all of them at the end, {curve} along the curves. A new head is drawn by the seed, for
   all alike.

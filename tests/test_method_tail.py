@@ -276,7 +276,7 @@ def logits_moved(model: Any, name: str, along: Tensor, batches: list[Batch]) -> 
     total, count = 0.0, 0
     for given in batches:
         added = moved = 0.0
-        z = torch.randn(len(given.label_rows), along.shape[1], generator=torch.Generator().manual_seed(0)).double()
+        z = rng.noise("normal", 0, 0, len(given.label_rows), along.shape[1]).double()
         for s, p, shift in zip(given.label_rows.tolist(), given.label_positions.tolist(), z @ along.T, strict=True):
             ids = given.input_ids[s : s + 1, : int(given.attention_mask[s].sum())].expand(2, -1)
 

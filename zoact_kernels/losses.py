@@ -220,7 +220,7 @@ def _scores(model: nn.Module, batch: Batch, groups: int, chunk_bytes: int) -> Te
     if batch.kind == "completion":
         raise ValueError("`batch` is of kind 'completion' and has no classes to score; use group_losses")
     if batch.kind == "sequence-classification":
-        logits = logits_of(_forward(model, owner_of(model, batch, groups), batch, groups))
+        logits = _logits_of(_forward(model, _owner(model, batch, groups), batch, groups))
         return logits.double().unflatten(0, (groups, -1))
     values = _label_values(model, batch, groups, chunk_bytes)
     if batch.targets.dim() == 2:
@@ -254,7 +254,7 @@ def _token_values(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _label_values(model: nn.Module, batch: Batch, groups: int, chunk_bytes: int) -> Tensor:
     """`_token_values` of all n label rows, [groups, n] or [groups, n, C] fp32, the head fed chunk by chunk."""
-    owner = owner_of(model, batch, groups)
+    owner = _owner(model, batch, groups)
     head = owner.get_output_embeddings()
     handle: Any = getattr(head, "perturbation", None)
     if moves(head) and handle.active and handle.copies < handle.groups:
@@ -290,7 +290,7 @@ def _rows_through_head(model: nn.Module, owner: Any, head: nn.Module, batch: Bat
 
         handle = head.register_forward_pre_hook(feed, prepend=True)
         try:
-            logits = logits_of(_forward(model, owner, batch_, groups_))
+            logits = _logits_of(_forward(model, owner, batch_, groups_))
         finally:
             handle.remove()
         if not held:
@@ -362,12 +362,11 @@ def _forward(model: nn.Module, owner: Any, batch: Batch, groups: int) -> Any:
     return model(**inputs)
 
 
-def logits_of(output: Any) -> Tensor:
-    """Of what a model with a head gives."""
+def _logits_of(output: Any) -> Tensor:
     return cast(Tensor, output[0] if isinstance(output, tuple) else output.logits)
 
 
-def owner_of(model: nn.Module, batch: Batch, groups: int = 1) -> Any:
+def _owner(model: nn.Module, batch: Batch, groups: int) -> Any:
     """The Hugging Face module inside all wrappers (peft, DistributedDataParallel) whose forward calls the head.
 
     For label positions that is the innermost one that has output embeddings; for a classifier the outermost.

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from .. import rng
 from ..fork import running
 from ..layers import ZOLinear, zo_layers
-from ..losses import logits_of, owner_of
 from ..perturbation import Perturbation
 from ..tail import Tail
 from ..trainables import Between, Trainable, between
@@ -171,23 +170,26 @@ class ZOActTail(ZeroOrder):
         evaluate: Callable[[Any], Tensor],
     ) -> float:
         """rms over label rows of what noise along `along` [N, Q] in the layer's output, of length 1 in the root mean
-        square, does to the logits of `answers` [C], less their mean. Its coordinates: torch's generator, seed 0.
+        square, does to the logits of `answers` [C], less their mean. Its coordinates: `rng.noise`, seed and id 0.
 
         By forwards, not by formulas of a norm: models scale a block's output, norm it once more, scale or cap logits.
         """
         size, total, count = 0.0, 0.0, 0
+        owners: list[Any] = [m for m in self.model.modules() if hasattr(type(m), "get_output_embeddings")]
+        owner = [m for m in owners if m.get_output_embeddings() is not None][-1]  # losses call this, chunk by chunk
         logits: list[Tensor] = []
 
         def push(noise: float, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             nonlocal size
             y = forward(x)
-            z = torch.randn(y.shape[:-1].numel(), along.shape[1], generator=torch.Generator().manual_seed(0))
-            step = (z.to(along.device) @ along.T).view_as(y)
+            z = rng.noise("normal", 0, 0, y.shape[:-1].numel(), along.shape[1], device=along.device)
+            step = (z @ along.T).view_as(y)
             size = abs(noise) * (float(y.float().norm()) or 1.0)
             return y + (step * (math.copysign(size, noise) / step.norm())).to(y.dtype)
 
         def see(module: nn.Module, args: Any, output: Any) -> None:
-            found = logits_of(output).flatten(0, -2)  # of all words, or label words alone
+            found = (output[0] if isinstance(output, tuple) else output.logits).flatten(0, -2)
+            # of all words, or label words alone
             logits.append((found if found.shape[1] <= len(answers) else found[:, answers]).double())
 
         for batch in batches:
@@ -195,7 +197,7 @@ class ZOActTail(ZeroOrder):
             for noise in (NUDGE, -NUDGE):
                 logits.clear()
                 with running(layer, functools.partial(push, noise)), self.forking():
-                    handle = owner_of(self.model, batch).register_forward_hook(see)
+                    handle = owner.register_forward_hook(see)
                     try:
                         evaluate(batch)
                     finally:

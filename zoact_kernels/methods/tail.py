@@ -188,8 +188,8 @@ class ZOActTail(ZeroOrder):
             return y + (step * (math.copysign(size, noise) / step.norm())).to(y.dtype)
 
         def see(module: nn.Module, args: Any, output: Any) -> None:
+            # Of all words, or label words alone
             found = (output[0] if isinstance(output, tuple) else output.logits).flatten(0, -2)
-            # of all words, or label words alone
             logits.append((found if found.shape[1] <= len(answers) else found[:, answers]).double())
 
         for batch in batches:
